@@ -1,0 +1,1 @@
+"""What gateway and worker share: settings, wire types, and everything that touches Redis."""

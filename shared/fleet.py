@@ -1,0 +1,66 @@
+"""Which workers live, and what each one serves: expiring records that the workers renew."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from shared import keys
+
+if TYPE_CHECKING:
+    from shared.store import Store
+
+ANNOUNCE_SECONDS = 1.0
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """What a worker says of itself. `reason` explains every state but `ready`."""
+
+    id: str
+    state: Literal["loading", "ready", "failed", "draining"]
+    model: str
+    reason: str = ""
+    context_length: int = 0
+    fingerprint: str = ""
+    since: int = 0
+    running: int = 0
+    slots: int = 0
+
+
+_decoder = msgspec.json.Decoder(WorkerInfo)
+
+
+class Fleet:
+    """The register of live workers."""
+
+    def __init__(self, store: Store) -> None:
+        self._redis = store.redis
+
+    async def announce(self, info: WorkerInfo) -> None:
+        """Say that a worker lives, and what it does; to be repeated every `ANNOUNCE_SECONDS`."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(keys.worker(info.id), msgspec.json.encode(info), px=keys.WORKER_TTL_MS)
+            pipe.zadd(keys.WORKERS, {info.id: time.time()})
+            pipe.zremrangebyrank(keys.WORKERS, 0, -10_001)
+            pipe.expire(keys.WORKERS, keys.LIVE_TTL)
+            await pipe.execute()
+
+    async def leave(self, worker_id: str) -> None:
+        """Take a worker off the register."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.delete(keys.worker(worker_id))
+            pipe.zrem(keys.WORKERS, worker_id)
+            await pipe.execute()
+
+    async def live(self) -> list[WorkerInfo]:
+        """Return the live workers; forgets those whose record has expired."""
+        ids: list[bytes] = await self._redis.zrange(keys.WORKERS, 0, -1)
+        if not ids:
+            return []
+        values = await self._redis.mget([keys.worker(i.decode()) for i in ids])
+        gone = [i for i, value in zip(ids, values, strict=True) if value is None]
+        if gone:
+            await self._redis.zrem(keys.WORKERS, *gone)
+        return [_decoder.decode(value) for value in values if value is not None]

@@ -1,0 +1,60 @@
+"""Every Redis key and channel name, and how long keys live."""
+
+from __future__ import annotations
+
+from arq.constants import job_key_prefix
+
+SESSION = "unbroken:session:"
+EVENTS = "unbroken:events:"
+REQUEST = "unbroken:request:"
+WATCH = "unbroken:watch:"
+CANCEL = "unbroken:cancel:"
+WORKER = "unbroken:worker:"
+JOB = job_key_prefix
+
+QUEUE = "unbroken:queue"
+LEASES = "unbroken:leases"
+WORKERS = "unbroken:workers"
+WORK_BELL = "unbroken:bell:work"
+EVENT_BELL = "unbroken:bell:events"
+
+LIVE_TTL = 24 * 3600
+"""Seconds a queued or running session and the shared structures outlive their last touch."""
+
+WORKER_TTL_MS = 5000
+"""How long a worker counts as alive after its last word."""
+
+
+def session(session_id: str) -> str:
+    """Hash: the record of a session (owner, digest, status, lease, last index, …)."""
+    return SESSION + session_id
+
+
+def events(session_id: str) -> str:
+    """Stream: the session's log; event n is entry `<n+1>-0`."""
+    return EVENTS + session_id
+
+
+def request(session_id: str) -> str:
+    """String: the queued `GenerationRequest`."""
+    return REQUEST + session_id
+
+
+def job(session_id: str) -> str:
+    """String: the arq job that runs the session, where arq's `run_job` looks for it."""
+    return JOB + session_id
+
+
+def watch(session_id: str) -> str:
+    """String with a TTL: exists while somebody watches, and a while after."""
+    return WATCH + session_id
+
+
+def cancel(session_id: str) -> str:
+    """String: the reason for which the running session shall be cancelled."""
+    return CANCEL + session_id
+
+
+def worker(worker_id: str) -> str:
+    """String with a TTL: what a live worker says of itself."""
+    return WORKER + worker_id

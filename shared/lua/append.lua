@@ -1,0 +1,32 @@
+-- Invariant: a session's log runs 0, 1, 2, … and only the holder of its lease writes to it. The same
+-- events sent again (a lost reply) are accepted once; one session's refusal does not touch another.
+-- KEYS: session, events for each session
+-- ARGV: 1 event bell, then for each session: id, lease, first index, count, events…
+-- Returns per session its last index, or -1 fenced off, -2 log lost or a gap, -3 refused by Redis.
+local results, rung = {}, {}
+local at = 2
+for i = 1, #KEYS, 2 do
+  local id, lease, first, count = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+  local record = redis.call('HMGET', KEYS[i], 'lease', 'last')
+  local last = tonumber(record[2] or -1)
+  local result = first + count - 1
+  if record[1] ~= lease then
+    result = -1
+  elseif first > last + 1 then
+    result = -2
+  else
+    for n = last + 1, first + count - 1 do
+      local entry = redis.pcall('XADD', KEYS[i + 1], 'NOMKSTREAM', (n + 1) .. '-0',
+        'e', ARGV[at + 4 + n - first])
+      if not entry then result = -2 break end
+      if entry.err then result = -3 break end
+      last = n
+    end
+    redis.call('HSET', KEYS[i], 'last', last)
+    rung[#rung + 1] = id
+  end
+  results[#results + 1] = result
+  at = at + 4 + count
+end
+if #rung > 0 then redis.call('PUBLISH', ARGV[1], table.concat(rung, ',')) end
+return results

@@ -1,0 +1,47 @@
+-- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
+-- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place.
+-- KEYS: queue, leases, work bell
+-- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix
+-- Returns {still waiting, ms until the next lease runs out (-1: none), {id, lease}, …}
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local micros = time[1] * 1000000 + time[2]
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 128)) do
+  local key = ARGV[5] .. id
+  local record = redis.call('HMGET', key, 'status', 'enqueued')
+  redis.call('ZREM', KEYS[2], id)
+  if record[1] == 'running' then
+    redis.call('HSET', key, 'status', 'queued', 'lease', '')
+    redis.call('ZADD', KEYS[1], record[2], id)
+  end
+end
+
+local claimed = {}
+local free = tonumber(ARGV[2])
+if free > 0 then
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, free - 1)) do
+    local key = ARGV[5] .. id
+    redis.call('ZREM', KEYS[1], id)
+    if redis.call('HGET', key, 'status') == 'queued' then
+      local epoch = math.max(tonumber(redis.call('HGET', key, 'epoch')) + 1, micros)
+      local lease = ARGV[1] .. ':' .. string.format('%.0f', epoch)
+      redis.call('HSET', key, 'status', 'running', 'lease', lease,
+        'epoch', string.format('%.0f', epoch), 'started', time[1])
+      redis.call('HINCRBY', key, 'attempts', 1)
+      redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
+      claimed[#claimed + 1] = {id, lease}
+    end
+  end
+end
+for _, key in ipairs({KEYS[1], KEYS[2]}) do redis.call('EXPIRE', key, ARGV[4]) end
+
+local waiting = redis.call('ZCARD', KEYS[1])
+if waiting > 0 and redis.call('LLEN', KEYS[3]) == 0 then
+  redis.call('LPUSH', KEYS[3], '1')
+  redis.call('EXPIRE', KEYS[3], ARGV[4])
+end
+local next_expiry = -1
+local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+if first[2] then next_expiry = math.max(0, math.ceil(first[2] - now)) end
+return {waiting, next_expiry, unpack(claimed)}

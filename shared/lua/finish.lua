@@ -1,0 +1,24 @@
+-- Invariant: a session's last events, its terminal event and its end are one step, taken once by the
+-- holder of its lease; nobody sees the end without the text.
+-- KEYS: session, events, request, job, watch, cancel, leases
+-- ARGV: 1 id, 2 lease, 3 event bell, 4 status, 5 kept s, 6 first index, 7 usage, 8… events
+-- Returns 1 done (now or before), -1 fenced off, -2 log lost or a gap.
+local record = redis.call('HMGET', KEYS[1], 'lease', 'last', 'ended_by')
+if record[3] == ARGV[2] then return 1 end
+if record[1] ~= ARGV[2] then return -1 end
+local last, first = tonumber(record[2]), tonumber(ARGV[6])
+if first > last + 1 then return -2 end
+for n = last + 1, first + #ARGV - 8 do
+  if not redis.call('XADD', KEYS[2], 'NOMKSTREAM', (n + 1) .. '-0', 'e', ARGV[8 + n - first]) then
+    return -2
+  end
+  last = n
+end
+redis.call('HSET', KEYS[1], 'last', last, 'status', ARGV[4], 'lease', '', 'ended_by', ARGV[2],
+  'usage', ARGV[7], 'ended', redis.call('TIME')[1])
+redis.call('ZREM', KEYS[7], ARGV[1])
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+redis.call('EXPIRE', KEYS[2], ARGV[5])
+redis.call('PUBLISH', ARGV[3], ARGV[1])
+return 1

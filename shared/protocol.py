@@ -1,0 +1,184 @@
+"""Wire types: the request a gateway queues, and the events a worker appends to a session's log.
+
+Everything is JSON through msgspec. Events are arrays tagged by their first element, so that a log
+entry of one token stays small: `["d", 0, [1234], " word", "content"]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, Union
+
+import msgspec
+
+Channel = Literal["content", "reasoning"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+CancelReason = Literal["requested", "abandoned"]
+Status = Literal["queued", "running", "finished", "cancelled", "failed"]
+
+ENDED: frozenset[str] = frozenset({"finished", "cancelled", "failed"})
+
+
+class MediaRef(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An image or a video a message refers to.
+
+    `url` is `http(s)://…` or `data:<type>;base64,…`; `data:video/jpeg;base64,f1,f2,…` is a list of
+    JPEG frames.
+    """
+
+    kind: Literal["image", "video"]
+    url: str
+
+
+class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
+    """A piece of text in a message."""
+
+    text: str
+
+
+class MediaPart(msgspec.Struct, frozen=True, tag="media", tag_field="type"):
+    """A piece of media in a message."""
+
+    media: MediaRef
+
+
+Part = Union[TextPart, MediaPart]
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of the conversation, parts in order; `developer` has become `system`."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    parts: tuple[Part, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to draw tokens. Defaults are neutral; the gateway fills in the server's.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean off. `seed` is always set in a queued
+    request (the gateway draws one where the client gives none); choice `c` of `n` draws with
+    `seed + c`.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One generation, as queued: what to answer and how to sample."""
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+
+    def sampling_for(self, choice: int) -> SamplingParams:
+        """Return the parameters of one of the `n` choices: each has a seed of its own."""
+        if choice == 0:
+            return self.sampling
+        return msgspec.structs.replace(self.sampling, seed=self.sampling.seed + choice)
+
+    def digest(self) -> str:
+        """Identify the request's meaning: equal for equal requests, whatever the body's key order.
+
+        The hex SHA-256 of the canonical encoding. The caller passes the request before a random
+        seed was drawn for it, so that a retry of the same body has the same digest.
+        """
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Token counts of a whole session, over all its choices."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """Event 0: the session is queued, and will have `n` choices."""
+
+    n: int = 1
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """New tokens of one choice and the text they release.
+
+    `text` may lag behind `ids` (a half-read UTF-8 character, a possible stop string); replaying all
+    `ids` gives it again. One delta holds one channel only.
+    """
+
+    choice: int
+    ids: tuple[int, ...]
+    text: str
+    channel: Channel = "content"
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """The terminal event of a session that finished or was cancelled.
+
+    `reasons` holds one finish reason per choice; `cancelled` tells why, where it was cancelled.
+    """
+
+    reasons: tuple[FinishReason, ...]
+    usage: Usage
+    cancelled: CancelReason | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+    """The terminal event of a session that failed: an entry of `shared.errors`."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+Event = Union[Started, Delta, Finished, Failed]
+Terminal = (Finished, Failed)
+
+_event_encoder = msgspec.json.Encoder()
+_event_decoder = msgspec.json.Decoder(Event)
+_request_decoder = msgspec.json.Decoder(GenerationRequest)
+
+
+def encode_event(event: Event) -> bytes:
+    """Encode an event as it stands in the log."""
+    return _event_encoder.encode(event)
+
+
+def decode_event(data: bytes) -> Event:
+    """Decode a log entry.
+
+    Raises:
+        msgspec.ValidationError: the entry is not an event of this version.
+    """
+    event: Event = _event_decoder.decode(data)
+    return event
+
+
+def encode_request(request: GenerationRequest) -> bytes:
+    """Encode a request as it waits in Redis."""
+    return _event_encoder.encode(request)
+
+
+def decode_request(data: bytes) -> GenerationRequest:
+    """Decode a queued request.
+
+    Raises:
+        msgspec.ValidationError: the bytes are not a request of this version.
+    """
+    return _request_decoder.decode(data)

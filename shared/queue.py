@@ -1,0 +1,153 @@
+"""The queue of sessions: submit, claim, renew, give back, cancel; in arq's wire format."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+from arq.jobs import serialize_job
+
+from shared import keys
+from shared.protocol import Finished, Started, Usage, encode_event, encode_request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shared.protocol import CancelReason, GenerationRequest, Status
+    from shared.store import Store
+
+JOB_FUNCTION = "run_session"
+LEASE_MS = 2500
+RENEW_SECONDS = 0.5
+
+job_serializer = msgspec.json.encode
+job_deserializer = msgspec.json.decode
+
+Outcome = Literal["created", "attached", "conflict", "foreign", "full"]
+
+
+class Submission(NamedTuple):
+    """A session to queue. `digest` identifies its body, `owner` the API key that sent it."""
+
+    session_id: str
+    owner: str
+    digest: str
+    model: str
+    fingerprint: str
+    include_usage: bool
+    request: GenerationRequest
+
+
+class Claimed(NamedTuple):
+    """A session taken from the queue, and the lease (`worker:epoch`) to write it under."""
+
+    session_id: str
+    lease: str
+
+
+class Claim(NamedTuple):
+    """What a claim gave: sessions, how many still wait, and ms until a lease runs out (or None)."""
+
+    sessions: list[Claimed]
+    waiting: int
+    next_expiry_ms: int | None
+
+
+class SessionQueue:
+    """The gateway's and the worker's view of the queue.
+
+    Args:
+        store: the Redis client with the scripts.
+        kept_seconds: how long an ended session stays in Redis.
+        watch_ms: how long a session goes on with nobody watching; 0 for ever.
+    """
+
+    def __init__(self, store: Store, *, kept_seconds: int, watch_ms: int) -> None:
+        self._store, self._kept, self._watch_ms = store, kept_seconds, watch_ms
+
+    async def submit(self, new: Submission, max_queue: int) -> tuple[Outcome, int]:
+        """Queue a session, or attach to the one that has its id.
+
+        Returns the outcome and the session's creation time (Unix seconds; 0 where there is none).
+        Safe to repeat: the second call attaches.
+        """
+        sid, choices = new.session_id, new.request.sampling.n
+        job = serialize_job(
+            JOB_FUNCTION, (sid,), {}, None, int(time.time() * 1000), serializer=job_serializer
+        )
+        names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
+        names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
+        args: list[Any] = [sid, new.owner, new.digest, new.model, new.fingerprint, choices]
+        args += [max_queue, keys.LIVE_TTL, self._watch_ms, int(new.include_usage)]
+        args += [encode_request(new.request), job, encode_event(Started(choices))]
+        outcome, created = await self._store.run("submit", names, args)
+        return outcome.decode(), int(created)
+
+    async def claim(self, worker_id: str, free_slots: int) -> Claim:
+        """Put sessions with an expired lease back, then lease up to `free_slots`, oldest first."""
+        waiting, expiry, *pairs = await self._store.run(
+            "claim",
+            [keys.QUEUE, keys.LEASES, keys.WORK_BELL],
+            [worker_id, free_slots, LEASE_MS, keys.LIVE_TTL, keys.SESSION],
+        )
+        sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease in pairs]
+        return Claim(sessions, waiting, expiry if expiry >= 0 else None)
+
+    async def renew(self, leases: Mapping[str, str]) -> list[str]:
+        """Prolong the leases `{session_id: lease}`; returns the sessions whose lease is lost."""
+        if not leases:
+            return []
+        args: list[Any] = [LEASE_MS, keys.LIVE_TTL, keys.SESSION, keys.EVENTS]
+        args += [keys.REQUEST, keys.JOB]
+        for pair in leases.items():
+            args += pair
+        return [sid.decode() for sid in await self._store.run("renew", [keys.LEASES], args)]
+
+    async def release(self, claimed: Claimed, *, blameless: bool = True) -> bool:
+        """Give a session back to its old place; False where the lease is no longer ours.
+
+        Args:
+            claimed: the session and our lease.
+            blameless: the attempt does not count against the session.
+        """
+        names = [keys.session(claimed.session_id), keys.QUEUE, keys.LEASES, keys.WORK_BELL]
+        args = [claimed.session_id, claimed.lease, keys.LIVE_TTL, int(blameless)]
+        return bool(await self._store.run("release", names, args))
+
+    async def cancel(
+        self, session_id: str, owner: str, reason: CancelReason
+    ) -> Status | Literal["missing", "cancelling"]:
+        """Cancel a session: at once where it waits, by its worker where it runs.
+
+        Returns `missing` for an unknown session or another's, `cancelling` for a running one, else
+        the status it ended with.
+        """
+        terminal = encode_event(Finished((), Usage(), reason))
+        names = [keys.session(session_id), keys.events(session_id), keys.request(session_id)]
+        names += [keys.job(session_id), keys.watch(session_id), keys.cancel(session_id), keys.QUEUE]
+        args: list[Any] = [session_id, owner, keys.EVENT_BELL, reason, keys.LIVE_TTL, self._kept]
+        args += [terminal, msgspec.json.encode(Usage())]
+        reply: bytes = await self._store.run("cancel", names, args)
+        return reply.decode()  # type: ignore[return-value]
+
+    async def wait_for_work(self, seconds: float) -> None:
+        """Return when the work bell rings or after `seconds`. Needs a connection of its own."""
+        await self._store.redis.blpop(
+            [keys.WORK_BELL],
+            timeout=seconds,  # type: ignore[arg-type]
+        )  # type: ignore[misc]
+
+    async def request(self, session_id: str) -> bytes | None:
+        """Return the queued request's encoding, or None where it is gone."""
+        data: bytes | None = await self._store.redis.get(keys.request(session_id))
+        return data
+
+    async def depth(self) -> int:
+        """Count the sessions that wait."""
+        return int(await self._store.redis.zcard(keys.QUEUE))
+
+    async def position(self, session_id: str) -> int | None:
+        """Return the session's place in the queue, 0 for the next, or None where it waits not."""
+        rank: int | None = await self._store.redis.zrank(keys.QUEUE, session_id)
+        return rank

@@ -1,0 +1,134 @@
+"""A session's log and record: fenced appends, ordered reads, the terminal event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from shared import keys
+from shared.protocol import ENDED, Status, Usage, encode_event
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shared.protocol import Event
+    from shared.store import Store
+
+FENCED, LOG_LOST, REFUSED = -1, -2, -3
+"""Answers of `append` in place of an index: another owner, entries missing, Redis said no."""
+
+PAGE = 512
+"""Events read from Redis at once."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event as it stands in the log: its index from 0, and its encoding."""
+
+    index: int
+    data: bytes
+
+
+class Append(NamedTuple):
+    """Events of one session to append from index `first`, under `lease`."""
+
+    session_id: str
+    lease: str
+    first: int
+    events: Sequence[bytes]
+
+
+class SessionRecord(msgspec.Struct, frozen=True):
+    """What is known of a session beside its events. Times are Unix seconds of Redis' clock."""
+
+    owner: str
+    digest: str
+    model: str
+    fingerprint: str
+    choices: int
+    status: Status
+    last: int
+    created: int
+    enqueued: float
+    include_usage: bool = False
+    attempts: int = 0
+    started: int | None = None
+    ended: int | None = None
+    usage: Usage | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the log has its terminal event."""
+        return self.status in ENDED
+
+
+def _parse_record(raw: dict[bytes, bytes]) -> SessionRecord:
+    fields: dict[str, object] = {name.decode(): value.decode() for name, value in raw.items()}
+    if usage := raw.get(b"usage"):
+        fields["usage"] = msgspec.json.decode(usage)
+    return msgspec.convert(fields, SessionRecord, strict=False)
+
+
+class SessionLog:
+    """Reads and writes the logs of all sessions through one Redis client."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def record(self, session_id: str) -> SessionRecord | None:
+        """Return the session's record, or None where it is unknown or expired."""
+        raw = await self._store.redis.hgetall(keys.session(session_id))  # type: ignore[misc]
+        return _parse_record(raw) if raw.get(b"created") else None
+
+    async def read(self, session_id: str, after: int, count: int = PAGE) -> list[Entry]:
+        """Return up to `count` events with an index above `after` (-1: from the first)."""
+        raw = await self._store.redis.xrange(
+            keys.events(session_id), min=f"({after + 1}-0", count=count
+        )
+        return [_entry(item) for item in raw]
+
+    async def read_many(
+        self, positions: Mapping[str, int], count: int = PAGE
+    ) -> dict[str, list[Entry]]:
+        """Return the new events of several sessions, given each one's last known index."""
+        if not positions:
+            return {}
+        streams = {keys.events(sid): f"{after + 1}-0" for sid, after in positions.items()}
+        raw = await self._store.redis.xread(streams, count=count)  # type: ignore[arg-type]
+        prefix = len(keys.EVENTS)
+        return {name.decode()[prefix:]: [_entry(i) for i in items] for name, items in raw}
+
+    async def append(self, batch: Sequence[Append]) -> list[int]:
+        """Append to several logs in one step.
+
+        Returns, for each session, its last index, or `FENCED`, `LOG_LOST`, `REFUSED`. The same call
+        repeated after a lost reply is accepted and appends nothing twice.
+        """
+        names: list[str] = []
+        args: list[str | bytes | int] = [keys.EVENT_BELL]
+        for item in batch:
+            names += (keys.session(item.session_id), keys.events(item.session_id))
+            args += (item.session_id, item.lease, item.first, len(item.events), *item.events)
+        reply: list[int] = await self._store.run("append", names, args)
+        return reply
+
+    async def finish(
+        self, last: Append, terminal: Event, *, status: Status, usage: Usage, kept_seconds: int
+    ) -> bool:
+        """Append the last events and the terminal one, and end the session, in one step.
+
+        Returns False where the lease is another's or the log is gone.
+        """
+        sid = last.session_id
+        names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
+        names += [keys.watch(sid), keys.cancel(sid), keys.LEASES]
+        args: list[str | bytes | int] = [sid, last.lease, keys.EVENT_BELL, status, kept_seconds]
+        args += [last.first, msgspec.json.encode(usage), *last.events, encode_event(terminal)]
+        return bool(await self._store.run("finish", names, args) == 1)
+
+
+def _entry(item: tuple[bytes, dict[bytes, bytes]]) -> Entry:
+    entry_id, fields = item
+    return Entry(int(entry_id.partition(b"-")[0]) - 1, fields[b"e"])

@@ -1,0 +1,79 @@
+"""The Redis client: timeouts, retries that survive a restart, and the atomic scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import EqualJitterBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import (
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+LUA = Path(__file__).parent / "lua"
+LOST = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
+"""What a client sees while Redis is away or restarting: worth another try."""
+
+UNAVAILABLE: tuple[type[Exception], ...] = (*LOST, OutOfMemoryError, ReadOnlyError)
+"""What makes Redis unable to take a write for now, but not a bug of ours."""
+
+FAILED: tuple[type[Exception], ...] = (*UNAVAILABLE, RedisError)
+"""Everything that a command can fail with."""
+
+
+def connect(url: str, *, retries: int = 3, socket_timeout: float = 5.0) -> Redis:
+    """Make a client (it connects on first use).
+
+    Args:
+        url: `redis://` or `rediss://`, with password and database.
+        retries: attempts after a lost connection, with jitter, at most half a second apart.
+        socket_timeout: seconds; must exceed the `BLOCK` of any blocking command.
+    """
+    redis: Redis = Redis.from_url(
+        url,
+        socket_timeout=socket_timeout,
+        socket_connect_timeout=2.0,
+        socket_keepalive=True,
+        health_check_interval=15,
+        retry=Retry(
+            EqualJitterBackoff(cap=0.5, base=0.02),
+            retries,
+            supported_errors=(RedisConnectionError, RedisTimeoutError, OSError),  # type: ignore[arg-type]
+        ),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError],
+    )
+    return redis
+
+
+class Store:
+    """One process's Redis client with the project's scripts, loaded where the server lacks them.
+
+    Args:
+        redis: a client made by `connect`.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self._scripts: dict[str, AsyncScript] = {
+            path.stem: redis.register_script(path.read_text()) for path in LUA.glob("*.lua")
+        }
+
+    async def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        """Run the script `shared/lua/<script>.lua`; returns what Redis replies, as bytes and ints.
+
+        Raises:
+            RedisError: the connection is lost for good, or the script failed.
+        """
+        return await self._scripts[script](keys=keys, args=args)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.redis.aclose()

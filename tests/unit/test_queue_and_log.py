@@ -1,0 +1,278 @@
+import asyncio
+
+import pytest
+
+from shared import keys
+from shared.protocol import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    Message,
+    SamplingParams,
+    Started,
+    TextPart,
+    Usage,
+    decode_event,
+    encode_event,
+)
+from shared.queue import LEASE_MS, Claimed, SessionQueue, Submission
+from shared.session_log import FENCED, LOG_LOST, Append, SessionLog
+from shared.store import Store, connect
+from tests.scripted import ScriptedWorker
+
+
+@pytest.fixture
+async def store(redis_url):
+    store = Store(connect(redis_url))
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def queue(store):
+    return SessionQueue(store, kept_seconds=60, watch_ms=60_000)
+
+
+@pytest.fixture
+def log(store):
+    return SessionLog(store)
+
+
+def submission(session_id="s1", owner="", text="hello"):
+    request = GenerationRequest((Message("user", (TextPart(text),)),), SamplingParams())
+    return Submission(session_id, owner, request.digest(), "m", "fp", False, request)
+
+
+def delta(n):
+    return encode_event(Delta(0, (n,), f"t{n}"))
+
+
+async def expire_lease(store, session_id):
+    """Let a lease run out now, as Redis' clock sees it."""
+    await store.redis.zadd(keys.LEASES, {session_id: 1})
+
+
+async def test_submit_writes_record_event_zero_and_queue_place(queue, log):
+    """A submitted session has its record, its first event and a place in the queue."""
+    outcome, created = await queue.submit(submission(), 10)
+    record = await log.record("s1")
+    assert (outcome, record.status, record.created, record.last) == (
+        "created",
+        "queued",
+        created,
+        0,
+    )
+    assert [decode_event(e.data) for e in await log.read("s1", -1)] == [Started(1)]
+    assert await queue.position("s1") == 0
+
+
+async def test_submit_again_attaches_and_queues_nothing(queue):
+    """The same body under the same id attaches, as a retried request does."""
+    await queue.submit(submission(), 10)
+    outcome, _ = await queue.submit(submission(), 10)
+    assert outcome == "attached"
+    assert await queue.depth() == 1
+
+
+async def test_simultaneous_submits_create_one_session(queue):
+    """Of many simultaneous submissions of one id, one creates and the others attach."""
+    outcomes = await asyncio.gather(*(queue.submit(submission(), 10) for _ in range(20)))
+    assert sorted(o for o, _ in outcomes) == ["attached"] * 19 + ["created"]
+
+
+async def test_submit_refuses_another_body_or_owner(queue):
+    """A used id with another body conflicts; another owner learns nothing of it."""
+    await queue.submit(submission(), 10)
+    assert (await queue.submit(submission(text="other"), 10))[0] == "conflict"
+    assert (await queue.submit(submission(owner="x"), 10)) == ("foreign", 0)
+
+
+async def test_submit_refuses_beyond_the_queue_bound_and_leaves_nothing(queue, log):
+    """A full queue refuses a session without a trace of it, and still lets the known attach."""
+    await queue.submit(submission("a"), 1)
+    assert (await queue.submit(submission("b"), 1))[0] == "full"
+    assert await log.record("b") is None
+    assert (await queue.submit(submission("a"), 1))[0] == "attached"
+
+
+async def test_claim_takes_the_oldest_first_and_each_once(queue):
+    """Two claims share the waiting sessions in order of their arrival."""
+    for name in "abc":
+        await queue.submit(submission(name), 10)
+    first = await queue.claim("w1", 2)
+    second = await queue.claim("w2", 2)
+    assert [c.session_id for c in first.sessions] == ["a", "b"]
+    assert first.waiting == 1
+    assert [c.session_id for c in second.sessions] == ["c"]
+
+
+async def test_claim_passes_the_bell_on_while_sessions_wait(queue, store):
+    """A claim that leaves sessions behind rings for the next idle worker."""
+    for name in "ab":
+        await queue.submit(submission(name), 10)
+    await queue.wait_for_work(1)
+    await queue.claim("w1", 1)
+    assert await store.redis.llen(keys.WORK_BELL) == 1
+
+
+async def test_an_expired_lease_frees_the_session_at_its_old_place(queue, store):
+    """A dead worker's session is claimed again before younger ones, with a higher epoch."""
+    await queue.submit(submission("old"), 10)
+    [dead] = (await queue.claim("w1", 1)).sessions
+    await queue.submit(submission("young"), 10)
+    assert (await queue.claim("w2", 0)).sessions == []
+    await expire_lease(store, "old")
+    [taken] = (await queue.claim("w2", 1)).sessions
+    assert taken.session_id == "old"
+    assert int(taken.lease.split(":")[1]) > int(dead.lease.split(":")[1])
+
+
+async def test_claim_tells_when_the_next_lease_runs_out(queue):
+    """An idle worker learns how long the oldest lease still holds."""
+    await queue.submit(submission(), 10)
+    await queue.claim("w1", 1)
+    expiry = (await queue.claim("w2", 1)).next_expiry_ms
+    assert 0 < expiry <= LEASE_MS
+
+
+async def test_renew_keeps_a_lease_and_reports_lost_ones(queue, store):
+    """Renewing moves our leases on and names those that are another's or gone."""
+    for name in "ab":
+        await queue.submit(submission(name), 10)
+    leases = dict((await queue.claim("w1", 2)).sessions)
+    await expire_lease(store, "a")
+    await queue.claim("w2", 1)
+    before = await store.redis.zscore(keys.LEASES, "b")
+    assert await queue.renew({**leases, "never": "w1:1"}) == ["a", "never"]
+    assert await store.redis.zscore(keys.LEASES, "b") >= before
+
+
+async def test_renew_revives_an_expired_lease_that_nobody_took(queue, store):
+    """A worker that slept too long keeps its session if no other claimed it meanwhile."""
+    await queue.submit(submission(), 10)
+    leases = dict((await queue.claim("w1", 1)).sessions)
+    await expire_lease(store, "s1")
+    assert await queue.renew(leases) == []
+    assert (await queue.claim("w2", 1)).sessions == []
+
+
+async def test_release_puts_a_session_back_without_blame(queue, log):
+    """A session given back waits again, its attempt is not counted, and its lease is void."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    assert await queue.release(mine)
+    record = await log.record("s1")
+    assert (record.status, record.attempts) == ("queued", 0)
+    assert not await queue.release(mine)
+    assert await log.append([Append(*mine, 1, [delta(1)])]) == [FENCED]
+
+
+async def test_release_with_blame_keeps_the_attempt(queue, log):
+    """A session whose engine died under it keeps the attempt on its record."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await queue.release(mine, blameless=False)
+    assert (await log.record("s1")).attempts == 1
+
+
+async def test_append_numbers_events_and_accepts_a_repeat_once(queue, log):
+    """The same append sent again, as after a lost reply, changes nothing."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    batch = [Append(*mine, 1, [delta(1), delta(2)])]
+    assert await log.append(batch) == [2]
+    assert await log.append(batch) == [2]
+    longer = [Append(*mine, 2, [delta(2), delta(3)])]
+    assert await log.append(longer) == [3]
+    entries = await log.read("s1", -1)
+    assert [e.index for e in entries] == [0, 1, 2, 3]
+    assert [decode_event(e.data).text for e in entries[1:]] == ["t1", "t2", "t3"]
+
+
+async def test_append_refuses_a_gap_and_a_stranger_but_serves_the_others(queue, log):
+    """A refused session of a batch does not hinder the others of the batch."""
+    for name in "abc":
+        await queue.submit(submission(name), 10)
+    a, b, c = (await queue.claim("w1", 3)).sessions
+    stranger = Claimed(b.session_id, "w9:1")
+    batch = [Append(*a, 5, [delta(5)]), Append(*stranger, 1, [delta(1)]), Append(*c, 1, [delta(1)])]
+    assert await log.append(batch) == [LOG_LOST, FENCED, 1]
+    assert [e.index for e in await log.read("a", -1)] == [0]
+    assert [e.index for e in await log.read("b", -1)] == [0]
+
+
+async def test_append_never_recreates_a_lost_log(queue, log, store):
+    """A log that vanished is not begun again in the middle."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await store.redis.delete(keys.events("s1"))
+    assert await log.append([Append(*mine, 1, [delta(1)])]) == [LOG_LOST]
+    assert not await store.redis.exists(keys.events("s1"))
+
+
+async def test_a_fenced_worker_can_not_write_after_a_takeover(queue, log, store):
+    """Once another worker has the session, the old one neither appends nor finishes."""
+    await queue.submit(submission(), 10)
+    [old] = (await queue.claim("w1", 1)).sessions
+    await expire_lease(store, "s1")
+    [new] = (await queue.claim("w2", 1)).sessions
+    end = Finished(("stop",), Usage())
+    assert await log.append([Append(*old, 1, [delta(1)])]) == [FENCED]
+    args = {"status": "finished", "usage": Usage(), "kept_seconds": 60}
+    assert not await log.finish(Append(*old, 1, []), end, **args)
+    assert await log.append([Append(*new, 1, [delta(1)])]) == [1]
+
+
+async def test_finish_ends_once_with_its_text_and_cleans_up(queue, log, store):
+    """The last text and the end arrive together; a repeat is accepted; the request is gone."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    end = Finished(("stop",), Usage(3, 1))
+    args = {"status": "finished", "usage": Usage(3, 1), "kept_seconds": 60}
+    for _ in range(2):
+        assert await log.finish(Append(*mine, 1, [delta(1)]), end, **args)
+    events = [decode_event(e.data) for e in await log.read("s1", -1)]
+    assert events == [Started(1), Delta(0, (1,), "t1"), end]
+    record = await log.record("s1")
+    assert (record.status, record.last, record.usage) == ("finished", 2, Usage(3, 1))
+    left = {k.decode() for k in await store.redis.keys("*s1")}
+    assert left == {keys.session("s1"), keys.events("s1")}
+    assert 0 < await store.redis.ttl(keys.events("s1")) <= 60
+
+
+async def test_cancel_of_a_queued_session_ends_it_for_good(queue, log):
+    """A queued session ends at once as cancelled, never starts, and a retry only attaches."""
+    await queue.submit(submission(), 10)
+    assert await queue.cancel("s1", "", "requested") == "cancelled"
+    assert await queue.cancel("s1", "", "requested") == "cancelled"
+    assert (await queue.claim("w1", 1)).sessions == []
+    assert (await queue.submit(submission(), 10))[0] == "attached"
+    last = decode_event((await log.read("s1", -1))[-1].data)
+    assert (last.cancelled, (await log.record("s1")).status) == ("requested", "cancelled")
+
+
+async def test_cancel_flags_a_running_session_and_ignores_strangers(queue):
+    """A running session is flagged for its worker; another owner's cancel finds nothing."""
+    await queue.submit(submission(owner="me"), 10)
+    await queue.claim("w1", 1)
+    assert await queue.cancel("s1", "you", "requested") == "missing"
+    assert await queue.cancel("s1", "me", "requested") == "cancelling"
+    assert await queue.cancel("none", "me", "requested") == "missing"
+
+
+async def test_read_many_reads_only_what_is_new(store, log):
+    """One read serves several sessions, each from its own place."""
+    worker = ScriptedWorker(store)
+    for name in "ab":
+        await worker.queue.submit(submission(name), 10)
+    a, b = await worker.claim(2)
+    await worker.say(a, "one")
+    await worker.say(b, "two")
+    found = await log.read_many({"a": 0, "b": 1})
+    assert {s: [e.index for e in entries] for s, entries in found.items()} == {"a": [1]}
+
+
+def test_digest_ignores_nothing_but_the_order_of_keys():
+    """Equal requests have equal digests, and a changed character changes it."""
+    assert submission().digest == submission().digest
+    assert submission().digest != submission(text="hello!").digest
