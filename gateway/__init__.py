@@ -1,0 +1,1 @@
+"""The stateless HTTP side: parses OpenAI requests, queues sessions, relays their logs."""

@@ -1,0 +1,290 @@
+"""The OpenAI request schema: a request body becomes a `GenerationRequest`, or a clear 400."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.sse import SESSION_ID
+from shared.errors import UnbrokenError
+from shared.protocol import (
+    GenerationRequest,
+    MediaPart,
+    MediaRef,
+    Message,
+    Part,
+    SamplingParams,
+    TextPart,
+)
+
+if TYPE_CHECKING:
+    from shared.settings import GatewaySettings
+
+ROLES = {
+    "developer": "system",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MEDIA_TYPES = {
+    "image_url": "image",
+    "input_image": "image",
+    "video_url": "video",
+    "input_video": "video",
+}
+_DATA_URL = re.compile(
+    r"data:(?P<kind>image|video|application)/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE
+)
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+
+
+class ChatCompletionRequest(BaseModel):
+    """The body of `POST /v1/chat/completions`; unknown top-level keys are ignored."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    seed: SEED | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    n: int | None = Field(default=None, ge=1, le=8)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
+
+
+class ChatRequest(NamedTuple):
+    """A parsed body: what to generate, and how its sender wants to see it.
+
+    `digest` identifies what is generated: whether it is streamed is no part of it, nor is a seed
+    that the server will draw.
+    """
+
+    generation: GenerationRequest
+    digest: str
+    seed_given: bool
+    stream: bool
+    include_usage: bool
+    session_id: str | None
+    model: str | None
+
+
+def unsupported(param: str, why: str = "is not supported") -> UnbrokenError:
+    """Return the 400 for a field that cannot be honoured."""
+    return UnbrokenError("unsupported_parameter", f"'{param}' {why}.", param)
+
+
+def _refuse_unsupported(body: dict[str, Any]) -> None:
+    """Refuse what would change the answer if it were ignored."""
+    never = ("audio", "functions", "function_call", "web_search_options", "chat_template")
+    not_yet = ("tools", "reasoning_effort", "top_logprobs", "logprobs")
+    for param in (*never, *not_yet):
+        if body.get(param):
+            raise unsupported(param)
+    if "audio" in (body.get("modalities") or []):
+        raise unsupported("modalities", "with audio is not supported")
+    if body.get("tool_choice") not in (None, "none", "auto"):
+        raise unsupported("tool_choice")
+    response_format = body.get("response_format")
+    if response_format is not None and response_format != {"type": "text"}:
+        raise unsupported("response_format", "other than {'type': 'text'} is not supported")
+    if body.get("stream_options") is not None and not body.get("stream"):
+        raise UnbrokenError(
+            "invalid_value", "'stream_options' needs 'stream': true.", "stream_options"
+        )
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Write a pydantic location as a client would: `messages[0].content`."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part not in ("str", "list[str]", "float", "int"):
+            text += f".{part}" if text else part
+    return text
+
+
+def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
+    """Turn a JSON body into a request.
+
+    Raises:
+        UnbrokenError: a 400 that names the parameter at fault.
+    """
+    if not isinstance(body, dict):
+        raise UnbrokenError("invalid_request", "The request body must be a JSON object.")
+    if "messages" not in body:
+        raise UnbrokenError("invalid_value", "'messages' is required.", "messages")
+    _refuse_unsupported(body)
+    try:
+        chat = ChatCompletionRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = _path(first["loc"])
+        raise UnbrokenError("invalid_value", f"'{param}': {first['msg']}.", param) from None
+    generation = GenerationRequest(
+        messages=tuple(_message(m, i) for i, m in enumerate(chat.messages)),
+        sampling=_sampling(chat, settings),
+    )
+    options = chat.stream_options or StreamOptions()
+    return ChatRequest(
+        generation=generation,
+        digest=f"{generation.digest()}{'' if chat.seed is None else ':seeded'}",
+        seed_given=chat.seed is not None,
+        stream=bool(chat.stream),
+        include_usage=options.include_usage,
+        session_id=chat.session_id,
+        model=chat.model,
+    )
+
+
+def _sampling(chat: ChatCompletionRequest, settings: GatewaySettings) -> SamplingParams:
+    stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or []
+    if len(stop) > 4 or not all(stop):
+        raise UnbrokenError("invalid_value", "'stop' takes up to 4 non-empty strings.", "stop")
+    max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
+    min_tokens = chat.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise UnbrokenError("invalid_value", "'min_tokens' exceeds 'max_tokens'.", "min_tokens")
+    temperature = settings.temperature if chat.temperature is None else chat.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_p=1.0 if chat.top_p is None else chat.top_p,
+        top_k=max(chat.top_k or 0, 0),
+        min_p=chat.min_p or 0.0,
+        seed=chat.seed or 0,
+        n=chat.n or 1,
+        stop=tuple(stop),
+        stop_token_ids=tuple(chat.stop_token_ids or ()),
+        ignore_eos=bool(chat.ignore_eos),
+        frequency_penalty=chat.frequency_penalty or 0.0,
+        presence_penalty=chat.presence_penalty or 0.0,
+        repetition_penalty=chat.repetition_penalty or 1.0,
+        logit_bias=_logit_bias(chat.logit_bias or {}),
+    )
+
+
+def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
+    if not all(re.fullmatch(r"[0-9]{1,9}", k) and -100 <= v <= 100 for k, v in raw.items()):
+        raise UnbrokenError(
+            "invalid_value",
+            "'logit_bias' maps token ids to numbers from -100 to 100.",
+            "logit_bias",
+        )
+    return {int(token): bias for token, bias in raw.items()}
+
+
+def _message(raw: dict[str, Any], index: int) -> Message:
+    where = f"messages[{index}]"
+    role = ROLES.get(raw.get("role") or "") if isinstance(raw.get("role"), str) else None
+    if role is None:
+        roles = ", ".join(ROLES)
+        raise UnbrokenError(
+            "invalid_value", f"'{where}.role' must be one of {roles}.", f"{where}.role"
+        )
+    if raw.get("tool_calls") or raw.get("function_call"):
+        raise unsupported(f"{where}.tool_calls")
+    content = raw.get("content")
+    where += ".content"
+    if content is None and role != "assistant":
+        raise UnbrokenError("invalid_value", f"'{where}' is required.", where)
+    if isinstance(content, str):
+        parts: tuple[Part, ...] = (TextPart(content),)
+    elif isinstance(content, list):
+        parts = tuple(_part(p, f"{where}[{i}]") for i, p in enumerate(content))
+    elif content is None:
+        parts = ()
+    else:
+        raise UnbrokenError("invalid_value", f"'{where}' must be a string or a list.", where)
+    if role == "system" and any(isinstance(part, MediaPart) for part in parts):
+        raise UnbrokenError(
+            "invalid_value", f"'{where}' of a system message takes text only.", where
+        )
+    name = raw.get("name")
+    call = raw.get("tool_call_id")
+    return Message(
+        cast("Literal['system', 'user', 'assistant', 'tool']", role),
+        parts,
+        name if isinstance(name, str) else None,
+        call if isinstance(call, str) else None,
+    )
+
+
+def _part(raw: Any, where: str) -> Part:
+    kind = raw.get("type") if isinstance(raw, dict) else None
+    if kind in ("text", "input_text"):
+        if not isinstance(raw.get("text"), str):
+            raise UnbrokenError(
+                "invalid_value", f"'{where}.text' must be a string.", f"{where}.text"
+            )
+        return TextPart(raw["text"])
+    if kind in MEDIA_TYPES:
+        return MediaPart(_media(raw, kind, where))
+    if kind in ("input_audio", "file", "refusal", "audio"):
+        raise unsupported(where, f"of type '{kind}' is not supported")
+    known = ", ".join(("text", "input_text", *MEDIA_TYPES))
+    raise UnbrokenError("invalid_value", f"'{where}.type' must be one of {known}.", f"{where}.type")
+
+
+def _media(raw: dict[str, Any], kind: str, where: str) -> MediaRef:
+    """Find the URL or the base64 data of a media part, under any of its names."""
+    media: Literal["image", "video"] = "image" if MEDIA_TYPES[kind] == "image" else "video"
+    url = raw.get(f"{media}_url")
+    if isinstance(url, dict):
+        url = url.get("url")
+    if url is None:
+        names = ("data", "b64_json", media)
+        data = next((raw[n] for n in names if isinstance(raw.get(n), str)), None)
+        if data is not None:
+            default = "image/png" if media == "image" else "video/mp4"
+            url = data if ":" in data[:8] else f"data:{default};base64,{data}"
+    param = f"{where}.{media}_url"
+    if not isinstance(url, str) or not url:
+        raise UnbrokenError("invalid_value", f"'{param}' must hold a URL.", param)
+    scheme = url[:8].lower()
+    if scheme.startswith("data:"):
+        _check_data_url(url, media, param)
+    elif not scheme.startswith(("http://", "https://")):
+        raise UnbrokenError(
+            "invalid_value", f"'{param}' must be an http(s) or a base64 data: URL.", param
+        )
+    return MediaRef(media, url)
+
+
+def _check_data_url(url: str, media: str, param: str) -> None:
+    """Refuse at once what can be seen to be no base64 data."""
+    match = _DATA_URL.match(url)
+    if not match:
+        raise UnbrokenError("invalid_media", f"'{param}' is no base64 data: URL.", param)
+    for piece in url[match.end() :].split(",") if media == "video" else [url[match.end() :]]:
+        try:
+            decoded = base64.b64decode("".join(piece.split()), validate=True)
+        except ValueError:
+            decoded = b""
+        if not decoded:
+            raise UnbrokenError("invalid_media", f"'{param}' holds no valid base64 data.", param)

@@ -1,0 +1,143 @@
+"""Renders a session's events as OpenAI chunks, and as one completion.
+
+What comes out depends on the log and the session's record only, so any gateway gives the same bytes
+for the same event at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shared.errors import UnbrokenError
+from shared.protocol import Delta, Failed, Finished, Started, Usage
+
+if TYPE_CHECKING:
+    from shared.protocol import Event
+    from shared.session_log import SessionRecord
+
+_encode = msgspec.json.Encoder().encode
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Return the `usage` object of a completion."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def failure(event: Failed) -> UnbrokenError:
+    """Return the error a failed session answers with."""
+    return UnbrokenError(event.code, event.message, event.param)
+
+
+class ChunkRenderer:
+    """Renders the chunks of one session.
+
+    Args:
+        session_id: also the completion's id.
+        record: gives `created`, `model`, `system_fingerprint` and the number of choices.
+        include_usage: whether chunks carry `usage`, and a last one the counts.
+    """
+
+    def __init__(self, session_id: str, record: SessionRecord, *, include_usage: bool) -> None:
+        head = {
+            "id": session_id,
+            "object": "chat.completion.chunk",
+            "created": record.created,
+            "model": record.model,
+            "system_fingerprint": record.fingerprint or None,
+        }
+        self._head = json.dumps(head, separators=(",", ":")).encode()[:-1]
+        self._tail = b',"usage":null}' if include_usage else b"}"
+        self._choices = record.choices
+
+    def chunk(self, event: Event) -> bytes:
+        """Return an event's data: a chunk, or the error object of a failure."""
+        if isinstance(event, Delta):
+            return self._join([_choice(event.choice, _delta(event), None)])
+        if isinstance(event, Started):
+            delta = {"role": "assistant", "content": ""}
+            return self._join([_choice(c, delta, None) for c in range(event.n)])
+        if isinstance(event, Failed):
+            return _encode(failure(event).body())
+        reasons = event.reasons or ("stop",) * self._choices
+        choices = [_choice(c, {}, reason) for c, reason in enumerate(reasons)]
+        extra: dict[str, Any] = {}
+        if event.cancelled:
+            extra["session"] = {"status": "cancelled", "reason": event.cancelled}
+        return self._join(choices, extra)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """Return the chunk without choices that ends a stream with usage."""
+        return self._head + b',"choices":[],"usage":' + _encode(usage_json(usage)) + b"}"
+
+    def _join(self, choices: list[dict[str, Any]], extra: dict[str, Any] | None = None) -> bytes:
+        more = b"," + _encode(extra)[1:-1] if extra else b""
+        return self._head + b',"choices":' + _encode(choices) + more + self._tail
+
+
+def _delta(event: Delta) -> dict[str, Any]:
+    if event.channel == "reasoning":
+        return {"reasoning_content": event.text, "reasoning": event.text}
+    return {"content": event.text}
+
+
+def _choice(index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+class CompletionBuilder:
+    """Gathers a session's events into one `chat.completion`."""
+
+    def __init__(self, session_id: str, record: SessionRecord) -> None:
+        self._id, self._record = session_id, record
+        self._texts: dict[tuple[int, str], list[str]] = {}
+
+    def add(self, event: Event) -> dict[str, Any] | None:
+        """Take the next event; returns the completion after the last one, else None.
+
+        Raises:
+            UnbrokenError: the session failed.
+        """
+        if isinstance(event, Delta):
+            self._texts.setdefault((event.choice, event.channel), []).append(event.text)
+        elif isinstance(event, Failed):
+            raise failure(event)
+        elif isinstance(event, Finished):
+            return self._completion(event)
+        return None
+
+    def _completion(self, event: Finished) -> dict[str, Any]:
+        reasons = event.reasons or ("stop",) * self._record.choices
+        answer: dict[str, Any] = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._record.created,
+            "model": self._record.model,
+            "system_fingerprint": self._record.fingerprint or None,
+            "choices": [
+                {"index": c, "message": self._message(c), "logprobs": None, "finish_reason": reason}
+                for c, reason in enumerate(reasons)
+            ],
+            "usage": usage_json(event.usage),
+        }
+        if event.cancelled:
+            answer["session"] = {"status": "cancelled", "reason": event.cancelled}
+        return answer
+
+    def _message(self, choice: int) -> dict[str, Any]:
+        reasoning = "".join(self._texts.get((choice, "reasoning"), [])) or None
+        return {
+            "role": "assistant",
+            "content": "".join(self._texts.get((choice, "content"), [])),
+            "refusal": None,
+            "reasoning_content": reasoning,
+            "reasoning": reasoning,
+        }
