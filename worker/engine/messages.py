@@ -1,0 +1,134 @@
+"""What the worker's asyncio process and the engine process say to each other over the pipe.
+
+Plain dataclasses of builtins and numpy arrays: neither side needs torch to read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Union
+
+import numpy as np
+
+from shared.protocol import CancelReason, Channel, FinishReason, SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to load the model and how large a batch may grow."""
+
+    model: str
+    hf_token: str | None
+    device_map: str
+    dtype: str
+    trust_remote_code: bool
+    max_batch_size: int
+    context_length: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered and processed prompt.
+
+    `input_ids` is the whole prompt, placeholders expanded; `tensors` holds the processor's other
+    outputs by name (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …), each as the model's
+    `forward` takes it for a batch of one. `thinking` is true where the prompt leaves a thought
+    open, so that the output begins inside the reasoning.
+    """
+
+    input_ids: list[int]
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    thinking: bool = False
+
+
+@dataclass(frozen=True)
+class Add:
+    """Run a sequence. `generated` are the tokens it already has from the log (continuation)."""
+
+    handle: int
+    prompt: Prompt
+    sampling: SamplingParams
+    generated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End a sequence at its next step; it answers with a last `Output` that says so."""
+
+    handle: int
+    reason: CancelReason
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Drop a sequence without another word about it."""
+
+    handle: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave the loop and exit."""
+
+
+Command = Union[Add, Cancel, Abort, Stop]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is being loaded; `stage` is a short human word, `fraction` 0..1 or None."""
+
+    stage: str
+    fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded. `fingerprint` names what exact continuation depends on."""
+
+    model: str
+    context_length: int
+    device: str
+    dtype: str
+    fingerprint: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model cannot be loaded; `reason` is one clear sentence for operator and client."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text released by new tokens, of one channel."""
+
+    ids: tuple[int, ...]
+    text: str
+    channel: Channel
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step gave one sequence; the last one bears `finish`, or `error` (code, message)."""
+
+    handle: int
+    pieces: tuple[Piece, ...] = ()
+    finish: FinishReason | None = None
+    cancelled: CancelReason | None = None
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """All outputs of one step: one message per step."""
+
+    outputs: tuple[Output, ...]
+
+
+Report = Union[Loading, Ready, LoadFailed, Step]
