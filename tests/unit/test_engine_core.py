@@ -1,0 +1,517 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from shared.protocol import SamplingParams
+from worker.demo_model import ensure_demo_model
+from worker.engine.processor import prepare_torchvision
+
+prepare_torchvision()  # before anything imports transformers
+# ruff: noqa: E402
+
+from worker.engine.engine import Engine
+from worker.engine.loader import LoadError, load
+from worker.engine.messages import Abort, Add, Cancel, EngineConfig, Output, Prompt
+from worker.engine.model_runner import ModelRunner, UnsupportedModelError
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Sequence
+
+pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be busy
+CONTEXT = 400
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return ensure_demo_model(tmp_path_factory.mktemp("models") / "demo")
+
+
+def config(folder, **changes) -> EngineConfig:
+    base = EngineConfig(str(folder), None, "auto", "float64", False, 8, CONTEXT, 1)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    return load(config(folder), lambda _stage, _fraction: None)
+
+
+@pytest.fixture
+def engine(loaded):
+    return Engine(loaded, 8)
+
+
+def text_prompt(length: int, seed: int = 0) -> Prompt:
+    ids = np.random.default_rng((seed, length)).integers(10, 600, length)
+    return Prompt(ids.tolist())
+
+
+def image_prompt(loaded, seed: int = 0, side: int = 6) -> Prompt:
+    """A picture of `side` by `side` patches between two pieces of text."""
+    draw = np.random.default_rng(seed)
+    settings = loaded.model.config
+    places = [settings.image_token_id] * (side * side // 4)
+    before, after = draw.integers(10, 600, 7).tolist(), draw.integers(10, 600, 5).tolist()
+    ids = [*before, settings.vision_start_token_id, *places, settings.vision_end_token_id, *after]
+    kinds = [[int(i == settings.image_token_id) for i in ids]]
+    tensors = {
+        "pixel_values": draw.standard_normal((side * side, 3 * 2 * 16 * 16)).astype(np.float32),
+        "image_grid_thw": np.array([[1, side, side]]),
+        "mm_token_type_ids": np.array(kinds, dtype=np.int32),
+    }
+    return Prompt(ids, tensors)
+
+
+def oracle(loaded, prompt: Prompt, max_tokens: int = GREEDY.max_tokens) -> list[int]:
+    """What `generate()` of the model's authors answers, greedily."""
+    ids = torch.tensor([prompt.input_ids])
+    tensors = {name: torch.from_numpy(array) for name, array in prompt.tensors.items()}
+    answer = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **tensors,
+        do_sample=False,
+        max_new_tokens=max_tokens,
+    )
+    return answer[0, ids.shape[1] :].tolist()
+
+
+class Driver:
+    """Steps an engine and gathers what each sequence said."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.said = engine, dict[int, list[Output]]()
+
+    def add(self, handle, prompt, sampling=GREEDY, generated=()):
+        """Send a sequence."""
+        self.engine.handle(Add(handle, prompt, sampling, tuple(generated)))
+
+    def step(self):
+        """Take one step."""
+        for output in self.engine.step():
+            self.said.setdefault(output.handle, []).append(output)
+
+    def drain(self):
+        """Step until nothing is left to do."""
+        while not self.engine.idle:
+            self.step()
+        return self
+
+    def ids(self, handle) -> list[int]:
+        """All token ids a sequence has said."""
+        return [i for o in self.said.get(handle, ()) for piece in o.pieces for i in piece.ids]
+
+    def last(self, handle) -> Output:
+        """A sequence's newest output."""
+        return self.said[handle][-1]
+
+
+@pytest.fixture
+def driver(engine):
+    return Driver(engine)
+
+
+def alone(loaded, prompt, sampling=GREEDY) -> list[int]:
+    driver = Driver(Engine(loaded, 1))
+    driver.add(1, prompt, sampling)
+    return driver.drain().ids(1)
+
+
+def test_sequences_that_join_and_leave_give_the_tokens_of_generate(loaded, driver):
+    """Eight prompts, text and image, that join and leave at different steps equal `generate()`."""
+    prompts = [
+        image_prompt(loaded, seed=n, side=(4, 6, 8)[n % 3])
+        if n % 3 == 1
+        else text_prompt(3 + 9 * n)
+        for n in range(8)
+    ]
+    lengths = [20, 3, 11, 30, 7, 1, 16, 25]
+    for handle, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        driver.add(handle, prompt, SamplingParams(temperature=0, max_tokens=length))
+        for _ in range(handle % 3):
+            driver.step()
+    driver.drain()
+    for handle, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        expected = oracle(loaded, prompt, length)
+        assert driver.ids(handle) == expected
+        assert driver.last(handle).completion_tokens == len(expected)
+
+
+def test_every_running_sequence_gets_one_token_per_step(driver):
+    """A step admits one waiting sequence and gives each running one exactly one token."""
+    for handle in range(3):
+        driver.add(handle, text_prompt(5, handle), SamplingParams(temperature=0, ignore_eos=True))
+    counts = []
+    for _ in range(4):
+        driver.step()
+        counts.append([len(s.output_ids) for s in driver.engine.scheduler.running])
+    assert counts == [[1], [2, 1], [3, 2, 1], [4, 3, 2]]
+
+
+def test_a_seeded_draw_does_not_depend_on_the_batch(loaded, driver):
+    """A sampled sequence draws the same tokens alone and among others."""
+    sampling = [
+        SamplingParams(temperature=1.2, top_p=0.95, top_k=50, seed=100 + n, max_tokens=24)
+        for n in range(6)
+    ]
+    for handle, params in enumerate(sampling):
+        driver.add(handle, text_prompt(4 + handle), params)
+        driver.step()
+    driver.drain()
+    for handle, params in enumerate(sampling):
+        assert driver.ids(handle) == alone(loaded, text_prompt(4 + handle), params)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_sequence_continues_from_any_seam_as_if_nothing_had_happened(loaded, kind):
+    """Prompt plus the first n tokens give the rest of the undisturbed run, for every n."""
+    prompt = text_prompt(9) if kind == "text" else image_prompt(loaded, seed=4)
+    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True)
+    whole = alone(loaded, prompt, sampling)
+    driver = Driver(Engine(loaded, 8))
+    for seam in range(len(whole) + 1):
+        driver.add(seam, prompt, sampling, whole[:seam])
+    driver.drain()
+    for seam in range(len(whole) + 1):
+        assert whole[:seam] + driver.ids(seam) == whole
+        assert driver.last(seam).completion_tokens == len(whole)
+        assert driver.last(seam).finish == "length"
+
+
+def test_a_generated_placeholder_token_survives_continuation(loaded, driver):
+    """An image token the model itself drew is no picture when the sequence is continued."""
+    prompt = image_prompt(loaded)
+    place = loaded.model.config.image_token_id
+    sampling = SamplingParams(temperature=0, max_tokens=6, logit_bias={place: 100.0})
+    driver.add(1, prompt, sampling)
+    driver.add(2, prompt, sampling, [place] * 3)
+    driver.drain()
+    assert driver.ids(1) == [place] * 6
+    assert driver.ids(2) == [place] * 3
+
+
+def test_continued_positions_equal_undisturbed_ones(loaded):
+    """After an image, continued logits equal the undisturbed run's, so its positions do too."""
+    prompt = image_prompt(loaded, seed=3, side=8)
+    runner = ModelRunner(loaded.model, 2, CONTEXT)
+    whole, seamed = (
+        Sequence(n, prompt, GREEDY, frozenset(), CONTEXT, () if n == 0 else (5, 6, 7))
+        for n in range(2)
+    )
+    whole.slot, seamed.slot = 0, 1
+    runner.prefill(whole)
+    for token in (5, 6, 7):
+        whole.output_ids.append(token)
+        runner.reserve([whole])
+        expected = runner.decode([whole])[0]
+    continued = runner.prefill(seamed)
+    assert whole.rope_delta == seamed.rope_delta != 0
+    assert whole.length == seamed.length == len(prompt.input_ids) + 3
+    torch.testing.assert_close(continued, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_reused_row_attends_to_nothing_stale(loaded, driver):
+    """Whatever a row's former tenants left behind does not change its next tenant's tokens."""
+    driver.add(1, text_prompt(200), SamplingParams(temperature=0, max_tokens=2))
+    driver.add(2, text_prompt(5), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    for _ in range(4):
+        driver.step()
+    with torch.inference_mode():
+        for layer in driver.engine.runner.cache.layers:
+            for stored in (layer.keys, layer.values):
+                stored[1:] = stored[0, :, 20:] = 1e4
+    driver.add(3, text_prompt(12))
+    driver.drain()
+    assert driver.ids(3) == oracle(loaded, text_prompt(12))
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    assert driver.ids(2) == alone(loaded, text_prompt(5), long)
+
+
+def test_the_cache_grows_with_use(loaded, driver):
+    """Rows and tokens per row double as needed, and never pass the batch and context bounds."""
+    plan = driver.engine.runner.cache.plan
+    assert (plan.rows, plan.capacity) == (2, 256)  # the start-up check's
+    driver.add(1, text_prompt(250), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    driver.add(2, text_prompt(9))
+    driver.add(3, text_prompt(8))
+    driver.drain()
+    assert (plan.rows, plan.capacity) == (4, CONTEXT)
+    long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    assert driver.ids(1) == alone(loaded, text_prompt(250), long)
+    assert driver.ids(2) == oracle(loaded, text_prompt(9))
+
+
+def test_bad_tensors_fail_their_own_sequence_only(loaded, driver):
+    """A prefill that raises answers `generation_failed`; the others go on unchanged."""
+    bad = image_prompt(loaded)
+    bad = dataclasses.replace(bad, tensors={**bad.tensors, "image_grid_thw": np.array([[1, 2, 2]])})
+    driver.add(1, text_prompt(6))
+    driver.step()
+    driver.add(2, bad)
+    driver.add(3, text_prompt(11))
+    driver.drain()
+    code, message = driver.last(2).error
+    assert code == "generation_failed"
+    assert "Traceback" not in message
+    assert driver.ids(1) == oracle(loaded, text_prompt(6))
+    assert driver.ids(3) == oracle(loaded, text_prompt(11))
+
+
+def test_token_ids_outside_the_vocabulary_fail_their_own_sequence(driver):
+    """Ids the embedding does not have are refused before they reach the device."""
+    driver.add(1, Prompt([5, 10**6]))
+    driver.add(2, Prompt([5, -1]))
+    driver.add(3, Prompt([]))
+    assert driver.drain().engine.idle
+    assert [driver.last(n).error[0] for n in (1, 2, 3)] == ["generation_failed"] * 3
+
+
+def test_numbers_that_are_not_finite_fail_their_own_sequence(loaded, driver):
+    """A row of NaNs ends with an error and leaves nothing to the next tenant of its row."""
+    bad = image_prompt(loaded)
+    broken = np.full_like(bad.tensors["pixel_values"], np.nan)
+    bad = dataclasses.replace(bad, tensors={**bad.tensors, "pixel_values": broken})
+    driver.add(1, bad)
+    driver.add(3, text_prompt(7))  # its row; the longer one beside it makes the window reach back
+    driver.add(2, text_prompt(30), SamplingParams(temperature=0.9, seed=3, max_tokens=20))
+    driver.drain()
+    assert driver.last(1).error[0] == "generation_failed"
+    sampled = SamplingParams(temperature=0.9, seed=3, max_tokens=20)
+    assert driver.ids(2) == alone(loaded, text_prompt(30), sampled)
+    assert driver.ids(3) == oracle(loaded, text_prompt(7))
+
+
+def test_a_sequence_without_memory_fails_and_the_others_go_on(loaded, driver, monkeypatch):
+    """Where a step finds no room, the longest sequence is given up, and no other."""
+    reserve = driver.engine.runner.reserve
+
+    def narrow(rows):
+        if max(s.length for s in rows) > 40:
+            raise torch.OutOfMemoryError
+        reserve(rows)
+
+    monkeypatch.setattr(driver.engine.runner, "reserve", narrow)
+    driver.add(1, text_prompt(38), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    driver.add(2, text_prompt(6))
+    driver.drain()
+    assert "memory" in driver.last(1).error[1]
+    assert driver.ids(2) == oracle(loaded, text_prompt(6))
+
+
+def test_an_over_long_prompt_is_told_both_numbers(driver):
+    """A prompt that leaves no room for a token names the limit and its own length."""
+    driver.add(1, text_prompt(CONTEXT))
+    driver.drain()
+    assert driver.last(1).error == (
+        "context_length_exceeded",
+        f"This model's maximum context length is {CONTEXT} tokens, but the prompt has {CONTEXT}.",
+    )
+
+
+def test_generation_ends_with_length_where_the_context_ends(driver):
+    """`max_tokens` beyond the context is no error: the answer stops there with "length"."""
+    driver.add(
+        1, text_prompt(CONTEXT - 5), SamplingParams(temperature=0, max_tokens=99, ignore_eos=True)
+    )
+    driver.drain()
+    assert driver.last(1).finish == "length"
+    assert driver.last(1).completion_tokens == 5
+    assert len(driver.ids(1)) == 5
+
+
+def test_cancel_ends_a_running_and_a_waiting_sequence_with_an_answer(loaded):
+    """Both end as "stop" with the reason; the waiting one without a token."""
+    driver = Driver(Engine(loaded, 1))
+    endless = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    driver.add(1, text_prompt(5), endless)
+    driver.add(2, text_prompt(6), endless)
+    driver.step()
+    driver.step()
+    driver.engine.handle(Cancel(1, "requested"))
+    driver.engine.handle(Cancel(2, "abandoned"))
+    driver.engine.handle(Cancel(99, "requested"))
+    driver.step()
+    assert driver.engine.idle
+    assert (driver.last(1).finish, driver.last(1).cancelled) == ("stop", "requested")
+    assert (driver.last(2).finish, driver.last(2).cancelled) == ("stop", "abandoned")
+    assert driver.last(1).completion_tokens == 3
+    assert driver.ids(2) == []
+    assert driver.engine.cancelled == {}
+
+
+def test_abort_is_silent_and_leaves_the_others_alone(loaded, driver):
+    """Aborted sequences, waiting or running, say nothing more; a moved row goes on unchanged."""
+    for handle in range(4):
+        driver.add(handle, text_prompt(6 + handle))
+    for _ in range(3):
+        driver.step()
+    driver.said.clear()
+    before = len(driver.engine.scheduler.running[1].output_ids)
+    driver.engine.handle(Abort(0))
+    driver.engine.handle(Abort(3))
+    driver.drain()
+    assert sorted(driver.said) == [1, 2]
+    assert driver.ids(1)[-5:] == oracle(loaded, text_prompt(7))[-5:]
+    assert driver.last(1).completion_tokens == len(oracle(loaded, text_prompt(7))) > before
+    assert driver.last(2).completion_tokens == len(oracle(loaded, text_prompt(8)))
+
+
+def test_a_continued_sequence_that_had_ended_only_says_so(loaded, driver):
+    """All tokens in the log and no end: the successor ends it without drawing another."""
+    whole = alone(loaded, text_prompt(9))
+    driver.add(1, text_prompt(9), GREEDY, whole)
+    driver.step()
+    assert driver.engine.idle
+    assert driver.last(1).finish == ("length" if len(whole) == GREEDY.max_tokens else "stop")
+    assert driver.ids(1) == []
+
+
+def test_the_scheduler_admits_in_order_and_keeps_rows_dense():
+    """First come, first served; when one leaves, the last one's row fills the hole."""
+    scheduler = Scheduler(3)
+    made = [Sequence(n, Prompt([1]), GREEDY, frozenset(), 10) for n in range(5)]
+    for sequence in made:
+        scheduler.add(sequence)
+    assert [scheduler.admit() for _ in range(4)] == [*made[:3], None]
+    assert scheduler.remove(made[4]) is None
+    assert scheduler.remove(made[0]) is made[2]
+    assert [(s.handle, s.slot) for s in scheduler.running] == [(2, 0), (1, 1)]
+    assert scheduler.admit() is made[3]
+    assert made[3].slot == 2
+    assert scheduler.find(0) is None
+    assert scheduler.find(1) is made[1]
+
+
+def test_a_sliding_window_model_is_refused(loaded):
+    """Layers other than plain full attention are an error, not wrong tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tiny = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=16,
+        )
+    ).eval()
+    with pytest.raises(UnsupportedModelError, match="not supported yet"):
+        ModelRunner(tiny, 2, 64)
+    with pytest.raises(LoadError, match="not supported yet"):
+        Engine(dataclasses.replace(loaded, model=tiny), 2)
+
+
+def test_a_model_that_ignores_our_positions_is_refused():
+    """The start-up check finds a forward that a batched decode step does not reproduce."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    tiny = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)).eval()
+    with pytest.raises(UnsupportedModelError):
+        ModelRunner(tiny, 2, 64).verify()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen3", {"head_dim": 16}),
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("GPTNeoX", {}),
+    ],
+)
+def test_text_models_of_other_families_pass_the_start_up_check(family, settings):
+    """The slot cache needs nothing of Qwen3-VL's."""
+    import transformers
+
+    made = getattr(transformers, f"{family}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **settings,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(made).double().eval()
+    ModelRunner(model, 4, 64).verify()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("/nowhere/secret/demo", "There is no model folder named 'demo'."),
+        ("somebody/nothing", "The Hugging Face hub cannot be reached"),
+        ("not a repo id!", "neither a model folder nor a hub repository id"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_clear_sentence(model, reason, monkeypatch):
+    """Missing folder, unreachable hub and malformed id each say so, without a path."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LoadError) as failure:
+        load(config(model), lambda _stage, _fraction: None)
+    assert reason in str(failure.value)
+    assert "secret" not in str(failure.value)
+
+
+def test_a_broken_folder_is_one_clear_sentence(folder, tmp_path):
+    """No config, a config of nonsense, weights cut short, too big a model: one sentence each."""
+    import shutil
+
+    def failure(place, **changes):
+        with pytest.raises(LoadError) as caught:
+            load(config(place, **changes), lambda _stage, _fraction: None)
+        assert str(tmp_path) not in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert failure(tmp_path / "empty") == "The model folder 'empty' has no config.json."
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert failure(broken).startswith("'broken' cannot be loaded (")
+    (broken / "config.json").write_text("{")
+    assert failure(broken).startswith("'broken' cannot be loaded (")
+    assert failure(folder, dtype="int8").startswith("TORCH_DTYPE must be")
+
+
+def test_a_model_larger_than_the_memory_is_refused(folder, monkeypatch):
+    """The numbers are in the sentence; the kernel does not get to kill the process."""
+    from worker.engine import loader
+
+    monkeypatch.setattr(loader, "MEMORY_HEADROOM", 1e9)
+    with pytest.raises(LoadError, match=r"Not enough memory .* GiB are available"):
+        load(config(folder), lambda _stage, _fraction: None)
+
+
+def test_half_precision_is_widened_on_a_cpu(folder, tmp_path):
+    """`auto` turns a bfloat16 checkpoint into float32 without a GPU; asked for, it stays."""
+    import shutil
+
+    from transformers import AutoModelForImageTextToText
+
+    half = shutil.copytree(folder, tmp_path / "half")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    assert load(config(half, dtype="auto"), lambda *_: None).dtype == "float32"
+    kept = load(config(half, dtype="bfloat16"), lambda *_: None)
+    assert kept.dtype == "bfloat16"
+    driver = Driver(Engine(kept, 2))
+    driver.add(1, text_prompt(5))
+    assert driver.drain().last(1).completion_tokens > 0
+
+
+def test_the_fingerprint_names_what_rounding_depends_on(folder, loaded):
+    """Equal for equal loads; different for another dtype."""
+    again = load(config(folder), lambda *_: None)
+    assert again.fingerprint == loaded.fingerprint
+    assert "float64" in loaded.fingerprint
+    assert torch.__version__ in loaded.fingerprint
+    other = load(config(folder, dtype="float32"), lambda *_: None)
+    assert other.fingerprint != loaded.fingerprint

@@ -1,0 +1,212 @@
+"""Runs the model: prefill of one sequence, and one decode step for all the running ones.
+
+Prefill goes through the model's own `forward` with a fresh cache, decode over the slot cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from shared.protocol import SamplingParams
+from worker.engine.kv_cache import SlotCache
+from worker.engine.messages import Prompt
+from worker.engine.sequence import Sequence
+
+PROBE_IDS = (3, 7, 11, 5, 9, 4, 8)
+# Largest relative difference between a batched decode and the model's own forward. Half precision
+# is coarse; what the check is for (positions, masks, hidden state between calls) shows as ~1.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+HALF_TOLERANCE = 0.3
+
+
+class UnsupportedModelError(Exception):
+    """The model's layers or forward do not fit the slot cache; the message says why."""
+
+
+class ModelRunner:
+    """A model with the keys and values of its running sequences.
+
+    Args:
+        model: in eval mode, on its device.
+        max_batch_size: most rows of a decode step.
+        context_length: most tokens of a sequence.
+
+    Raises:
+        UnsupportedModelError: the model has layers other than plain full attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_batch_size: int, context_length: int) -> None:
+        layers = _plain_layers(model)
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = model.dtype
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.cache = SlotCache(layers, max_batch_size, context_length)
+        parameters = inspect.signature(model.forward).parameters
+        self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    @torch.inference_mode()
+    def prefill(self, sequence: Sequence) -> Tensor:
+        """Compute prompt and generated tokens, and put their keys and values in the row `slot`.
+
+        Sets `length` and `rope_delta`. Returns the logits `[V]` (float32 or float64) of the token
+        that comes next. Whatever the model raises for bad tensors passes through; the other rows
+        are untouched then.
+        """
+        total = sequence.total
+        self.cache.reserve(sequence.slot + 1, total)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._prompt(sequence, cache)
+        if sequence.output_ids:
+            logits = self._continue(sequence, cache)
+        self.cache.store(sequence.slot, cache)
+        sequence.length = total
+        return logits
+
+    def _prompt(self, sequence: Sequence, cache: DynamicCache) -> Tensor:
+        """Run the prompt as the model's authors do; read what it adds to positions after media."""
+        base = self.model.base_model
+        # Qwen-VL models keep the last prompt's offset on the module: one must not leak to the next.
+        if hasattr(base, "rope_deltas"):
+            base.rope_deltas = None
+        ids = torch.tensor([sequence.prompt_ids], device=self.device)
+        tensors = {name: self._tensor(array) for name, array in sequence.prompt.tensors.items()}
+        tensors["attention_mask"] = torch.ones_like(ids)
+        logits = self._forward(input_ids=ids, past_key_values=cache, **tensors)
+        delta = getattr(base, "rope_deltas", None)
+        sequence.rope_delta = 0 if delta is None else int(delta.reshape(-1)[0])
+        return logits[0]
+
+    def _continue(self, sequence: Sequence, cache: DynamicCache) -> Tensor:
+        """Run the tokens that a continued sequence already has, after its prompt.
+
+        Apart from the prompt, since a generated placeholder id is no picture: the model would count
+        it against the prompt's media.
+        """
+        ids = torch.tensor([sequence.output_ids], device=self.device)
+        start = len(sequence.prompt_ids) + sequence.rope_delta
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)
+        logits = self._forward(input_ids=ids, position_ids=positions[None], past_key_values=cache)
+        return logits[0]
+
+    @torch.inference_mode()
+    def decode(self, sequences: Rows[Sequence]) -> Tensor:
+        """Feed each sequence's last token; return the next tokens' logits `[B, V]`.
+
+        `sequences[i].slot == i`, and `reserve` has been called. Each one's `length` grows by one.
+        """
+        lengths = [sequence.length for sequence in sequences]
+        longest = max(lengths)
+        rows = torch.tensor(
+            [[s.last_token, s.length, s.length + s.rope_delta] for s in sequences],
+            device=self.device,
+        )
+        self.cache.plan.begin(rows[:, 1], longest)
+        logits = self._forward(
+            input_ids=rows[:, :1],
+            position_ids=rows[:, 2:],
+            attention_mask=self._mask(rows[:, 1], longest + 1),
+            past_key_values=self.cache,
+        )
+        for sequence in sequences:
+            sequence.length += 1
+        return logits
+
+    @torch.inference_mode()
+    def reserve(self, sequences: Rows[Sequence]) -> None:
+        """Make room for one more token of each sequence.
+
+        Raises:
+            RuntimeError: the memory is not there; nothing has changed.
+        """
+        self.cache.reserve(len(sequences), max(sequence.length for sequence in sequences) + 1)
+
+    @torch.inference_mode()
+    def move(self, source: int, sequence: Sequence) -> None:
+        """Bring a sequence's keys and values from row `source` to its new slot."""
+        self.cache.move(source, sequence.slot, sequence.length)
+
+    @torch.inference_mode()
+    def scrub(self, row: int) -> None:
+        """Wipe a row that holds numbers that are not finite."""
+        self.cache.scrub(row)
+
+    def _forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self.model(
+            **inputs, use_cache=True, return_dict=True, **self._last_logit
+        ).logits[:, -1]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _mask(self, lengths: Tensor, window: int) -> Tensor:
+        """Additive mask `[B, 1, 1, window]`: a row attends to its own tokens and the new one."""
+        positions = torch.arange(window, device=self.device)
+        mask = torch.zeros(lengths.shape[0], window, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(positions > lengths[:, None], float("-inf"))[:, None, None]
+
+    def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
+        tensor = torch.from_numpy(np.require(array, requirements=("C", "A", "W"))).to(self.device)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def verify(self) -> None:
+        """Compare a batched, ragged decode with the model's own forward on a few token ids.
+
+        Finds models whose forward ignores our positions or mask, or keeps state between calls.
+
+        Raises:
+            UnsupportedModelError: they differ.
+        """
+        try:
+            error = self._probe_error()
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise UnsupportedModelError("its forward rejects a batched decode step") from failure
+        if not error <= TOLERANCE.get(self.dtype, HALF_TOLERANCE):
+            raise UnsupportedModelError("a batched decode step does not reproduce its own forward")
+
+    @torch.inference_mode()
+    def _probe_error(self) -> float:
+        """Return the largest relative difference of two rows of different lengths, two steps on."""
+        probes = [
+            Sequence(slot, Prompt(list(ids)), SamplingParams(), frozenset(), len(PROBE_IDS))
+            for slot, ids in enumerate((PROBE_IDS[:5], PROBE_IDS[:2]))
+        ]
+        probes = probes[: self.cache.plan.max_rows]
+        for slot, probe in enumerate(probes):
+            probe.slot = slot
+            self.prefill(probe)
+        for token in PROBE_IDS[5:]:
+            for probe in probes:
+                probe.output_ids.append(token)
+            self.reserve(probes)
+            decoded = self.decode(probes)
+        expected = torch.cat(
+            [
+                self._forward(
+                    input_ids=torch.tensor([p.prompt_ids + p.output_ids], device=self.device),
+                    past_key_values=DynamicCache(config=self.model.config),
+                )
+                for p in probes
+            ]
+        )
+        return float(((decoded - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _plain_layers(model: PreTrainedModel) -> int:
+    """Count the model's layers; all of them must keep plain keys and values."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError("encoder-decoder models are not supported yet")
+    layers = DynamicCache(config=model.config).layers
+    other = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
+    if other:
+        raise UnsupportedModelError(
+            "sliding-window, linear-attention and other special cache layers are not supported yet"
+            f" ({', '.join(sorted(other))})"
+        )
+    return len(layers)

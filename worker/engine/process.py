@@ -1,0 +1,110 @@
+"""The engine process: what runs in it from its first line to its last.
+
+Imports torch only once it runs, so that the worker's asyncio process can name `run` without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from worker.engine.channel import Channel, Disconnected
+from worker.engine.messages import EngineConfig, LoadFailed, Loading, Ready, Step, Stop
+
+if TYPE_CHECKING:
+    from worker.engine.engine import Engine
+
+log = logging.getLogger("unbroken.engine")
+
+PR_SET_PDEATHSIG = 1
+
+
+def run(sock: socket.socket, config: EngineConfig) -> None:
+    """Load the model, then step until told to stop or the worker is gone.
+
+    Reports `Loading`, then `Ready` or `LoadFailed`, then one `Step` per step that has something to
+    say. An exception in a decode step ends the process: it may have left the device unusable, and
+    the worker starts another.
+
+    Args:
+        sock: one end of a socket pair; `worker.engine.channel` frames on it.
+        config: what to load.
+    """
+    _die_with_parent()
+    # Ctrl-C reaches the whole process group: the worker decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(sock)
+    try:
+        engine = _load(channel, config)
+        if engine is not None:
+            _serve(channel, engine)
+    except Disconnected:
+        log.info("the worker is gone")
+
+
+def _load(channel: Channel, config: EngineConfig) -> Engine | None:
+    """Build the engine and report how that goes; None where it cannot be built."""
+    began = time.monotonic()
+    lock = threading.Lock()  # downloads report from several threads
+
+    def progress(stage: str, fraction: float | None) -> None:
+        with lock:
+            channel.send(Loading(stage, fraction))
+
+    progress("importing the libraries", None)
+    from worker.engine.processor import prepare_torchvision
+
+    prepare_torchvision()  # transformers imports it, wherever it is installed
+    from worker.engine.engine import Engine
+    from worker.engine.loader import LoadError, load, use_threads
+
+    use_threads(config.threads)
+    try:
+        loaded = load(config, progress)
+        progress("checking the model", None)
+        engine = Engine(loaded, config.max_batch_size)
+    except LoadError as error:
+        channel.send(LoadFailed(str(error)))
+        return None
+    gc.collect()
+    gc.freeze()  # libraries and weights are no garbage: collections need not look at them again
+    channel.send(
+        Ready(
+            model=loaded.name,
+            context_length=loaded.context_length,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            fingerprint=loaded.fingerprint,
+            seconds=time.monotonic() - began,
+        )
+    )
+    return engine
+
+
+def _serve(channel: Channel, engine: Engine) -> None:
+    """Alternate between commands and steps; wait for a command where there is nothing to do."""
+    while True:
+        while engine.idle or channel.ready():
+            command = channel.receive()
+            if isinstance(command, Stop):
+                return
+            engine.handle(command)
+        outputs = engine.step()
+        if outputs:
+            channel.send(Step(outputs))
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process with its parent, even in the middle of a long load.
+
+    Elsewhere the closed socket ends it, at the next step.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

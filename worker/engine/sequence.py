@@ -1,0 +1,90 @@
+"""The state of one running or waiting sequence, without torch.
+
+Scheduler, model runner, sampler, stopping criteria and the engine's loop read and write it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.protocol import SamplingParams
+from worker.engine.messages import Prompt
+
+if TYPE_CHECKING:
+    from transformers import StoppingCriteriaList
+
+    from worker.engine.detokenizer import Detokenizer
+
+
+class Sequence:
+    """One choice of one request, from its arrival in the engine to its last output.
+
+    Args:
+        handle: the asyncio side's name for it.
+        prompt: the processed prompt; its tensors are dropped once they are in the cache.
+        sampling: how to draw; `sampling.seed` is this sequence's own seed.
+        eos_ids: the tokens that end a sequence of this model.
+        context_length: most tokens prompt and output may have together.
+        generated: output tokens it already has from the log (continuation).
+
+    Attributes:
+        output_ids: every sampled token so far, continued ones and EOS included. The next token's
+            position, for the sampler, is `len(output_ids)`.
+        slot: its row in the cache, -1 while it waits.
+        length: tokens whose keys and values are in the cache; while it runs, that is every token
+            but the last of `output_ids`.
+        rope_delta: what the model adds to `length` to get the next token's position (0 for models
+            and prompts without media).
+        stopping: its own stopping criteria; set by the engine before it is scheduled.
+        detokenizer: turns its tokens to text; set by the engine before it is scheduled.
+    """
+
+    __slots__ = (
+        "context_length",
+        "detokenizer",
+        "eos_ids",
+        "handle",
+        "length",
+        "output_ids",
+        "prompt",
+        "prompt_ids",
+        "rope_delta",
+        "sampling",
+        "seed",
+        "slot",
+        "stopping",
+    )
+
+    stopping: StoppingCriteriaList
+    detokenizer: Detokenizer
+
+    def __init__(
+        self,
+        handle: int,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        eos_ids: frozenset[int],
+        context_length: int,
+        generated: tuple[int, ...] = (),
+    ) -> None:
+        self.handle = handle
+        self.prompt = prompt
+        self.sampling = sampling
+        self.seed = sampling.seed
+        self.prompt_ids = prompt.input_ids
+        self.output_ids = list(generated)
+        self.eos_ids = eos_ids
+        self.context_length = context_length
+        self.slot = -1
+        self.length = 0
+        self.rope_delta = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and output together."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, which the next decode step feeds to the model."""
+        return self.output_ids[-1]
