@@ -1,0 +1,268 @@
+"""`LeasedWorker`: an arq worker whose poll is one `claim` script behind a doorbell.
+
+arq gives the job format, the function registry and `run_job`; leases replace its in-progress keys,
+so that a dead worker's sessions are free after seconds, and only the holder ends a session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from arq.connections import ArqRedis
+from arq.worker import Worker, func
+
+from shared import keys
+from shared.errors import UnbrokenError
+from shared.queue import (
+    JOB_FUNCTION,
+    LEASE_MS,
+    RENEW_SECONDS,
+    Claimed,
+    job_deserializer,
+    job_serializer,
+)
+from shared.store import UNAVAILABLE
+from worker.job import EngineGone, LeaseLost, SessionJob
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from arq.typing import WorkerCoroutine
+
+    from shared.presence import Presence, Signals
+    from shared.queue import SessionQueue
+    from shared.store import Store
+    from worker.job import Parts
+
+log = logging.getLogger("unbroken.consumer")
+
+IDLE_SECONDS = 1.0
+"""Longest sleep of an idle worker: it looks for sessions whose worker died."""
+
+SIGNAL_SECONDS = 0.05
+"""How often the cancel flags of the running sessions are read."""
+
+ABSENCE_SECONDS = 1.2
+"""How long the watch key must be missing before a session counts as abandoned: a gateway that could
+not reach Redis gets this long to say again who watches."""
+
+
+class LeasedWorker(Worker):
+    """Claims sessions while the engine has room, and keeps their leases.
+
+    Args:
+        worker_id: unique for each start of the process.
+        store: Redis client for commands.
+        bell: a queue on a client of its own, whose connection may block.
+        queue: the session queue.
+        presence: cancel flags and watchers.
+        parts: what the jobs need.
+        slots: how many sessions run at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        store: Store,
+        bell: SessionQueue,
+        queue: SessionQueue,
+        presence: Presence,
+        parts: Parts,
+        slots: int,
+    ) -> None:
+        pool = ArqRedis(
+            connection_pool=store.redis.connection_pool,
+            job_serializer=job_serializer,
+            job_deserializer=job_deserializer,
+            default_queue_name=keys.QUEUE,
+        )
+        super().__init__(
+            functions=[func(cast("WorkerCoroutine", self.run_session), name=JOB_FUNCTION)],
+            queue_name=keys.QUEUE,
+            redis_pool=pool,
+            handle_signals=False,
+            max_jobs=slots,
+            max_tries=2**31,  # a session's attempts are counted by its claims
+            job_timeout=None,  # type: ignore[arg-type]
+            keep_result=0,
+            job_serializer=job_serializer,
+            job_deserializer=job_deserializer,
+            log_results=False,
+        )
+        self.worker_id, self._queue, self._bell = worker_id, queue, bell
+        self._presence, self._parts = presence, parts
+        self._leases: dict[str, str] = {}
+        self._jobs: dict[str, SessionJob] = {}
+        self._absent_since: dict[str, float] = {}
+        self._renewed = time.monotonic()
+        self._freed = asyncio.Event()
+        self.can_claim = asyncio.Event()
+        self._next_expiry_s = IDLE_SECONDS
+
+    @property
+    def running(self) -> int:
+        """Count the sessions that run here."""
+        return len(self._leases)
+
+    async def main(self) -> None:
+        """Claim and run sessions until cancelled."""
+        loops = [
+            asyncio.create_task(_forever(RENEW_SECONDS, self._renew), name="renew"),
+            asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals), name="signals"),
+        ]
+        try:
+            while True:
+                await self.can_claim.wait()
+                await _through_outages(self._poll_iteration)
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+
+    async def _poll_iteration(self) -> None:
+        """Claim what fits and start it, else wait: for the bell, a slot, an expiring lease."""
+        if time.monotonic() - self._renewed > LEASE_MS / 2000:
+            await self._renew()  # after an outage: our own sessions must not look abandoned
+        self._freed.clear()
+        free = self.max_jobs - self.running
+        claim = await self._queue.claim(self.worker_id, free)
+        for claimed in claim.sessions:
+            self._start(claimed)
+        if claim.sessions and self.running < self.max_jobs:
+            return
+        if self.running >= self.max_jobs:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), IDLE_SECONDS)
+            return
+        expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
+        await self._bell.wait_for_work(min(IDLE_SECONDS, max(expiry, 0.05)))
+
+    def _start(self, claimed: Claimed) -> None:
+        sid = claimed.session_id
+        before = self.tasks.get(sid)
+        if sid in self._jobs:
+            self._jobs[sid].lose()
+        self._leases[sid] = claimed.lease
+        task = self.loop.create_task(self._run_after(before, claimed), name=f"session {sid}")
+        self.tasks[sid] = task
+        task.add_done_callback(lambda done: self._ended(claimed, done))
+
+    async def _run_after(self, before: asyncio.Task[Any] | None, claimed: Claimed) -> None:
+        if before is not None:
+            await asyncio.gather(before, return_exceptions=True)
+        await self.run_job(claimed.session_id, 0)
+
+    def _ended(self, claimed: Claimed, task: asyncio.Task[Any]) -> None:
+        sid = claimed.session_id
+        if self.tasks.get(sid) is task:
+            del self.tasks[sid]
+        if self._leases.get(sid) == claimed.lease:
+            del self._leases[sid]
+            self._absent_since.pop(sid, None)
+        self._freed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("session job broke", extra={"session": sid, "error": type(error).__name__})
+
+    async def run_session(self, _ctx: dict[Any, Any], session_id: str) -> None:
+        """Run one claimed session: the function that every queued arq job names."""
+        claimed = Claimed(session_id, self._leases[session_id])
+        job = self._jobs[session_id] = SessionJob(claimed, self._parts)
+        try:
+            await job.run()
+        except LeaseLost:
+            log.info("session dropped", extra={"session": session_id})
+        except EngineGone:
+            await self._give_back(claimed, blameless=False)
+        except asyncio.CancelledError:
+            await self._give_back(claimed, blameless=True)
+            raise
+        except Exception:
+            log.exception("session job failed", extra={"session": session_id})
+            await self._give_back(claimed, blameless=False)
+        finally:
+            if self._jobs.get(session_id) is job:
+                del self._jobs[session_id]
+
+    async def _give_back(self, claimed: Claimed, *, blameless: bool) -> None:
+        try:
+            if await self._queue.release(claimed, blameless=blameless):
+                log.info("session given back", extra={"session": claimed.session_id})
+        except UNAVAILABLE:  # its lease runs out by itself
+            log.warning("could not give back", extra={"session": claimed.session_id})
+
+    async def finish_job(self, job_id: str, *_args: Any, **_kwargs: Any) -> None:
+        """Leave the queue alone: `finish.lua` or `release.lua` has settled the session."""
+
+    async def finish_failed_job(self, job_id: str, _result_data: bytes | None) -> None:
+        """End a session as failed whose arq job is missing or unreadable."""
+        if lease := self._leases.get(job_id):
+            error = UnbrokenError("generation_failed", "The queued job is no longer readable.")
+            await SessionJob(Claimed(job_id, lease), self._parts).fail(error)
+
+    async def _renew(self) -> None:
+        held = dict(self._leases)
+        lost = await self._queue.renew(held)
+        self._renewed = time.monotonic()
+        for sid in lost:
+            if self._leases.get(sid) == held[sid] and sid in self._jobs:
+                self._jobs[sid].lose()
+
+    async def _read_signals(self) -> None:
+        jobs = dict(self._jobs)
+        for sid, signals in (await self._presence.signals(list(jobs))).items():
+            if signals.cancel:
+                jobs[sid].cancel(signals.cancel)
+            elif self._abandoned(sid, signals):
+                jobs[sid].cancel("abandoned")
+
+    def _abandoned(self, sid: str, signals: Signals) -> bool:
+        if signals.watched:
+            self._absent_since.pop(sid, None)
+            return False
+        since = self._absent_since.setdefault(sid, time.monotonic())
+        return time.monotonic() - since > ABSENCE_SECONDS
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Claim no more; wait for the running sessions, then give the rest back to the queue."""
+        self.can_claim.clear()
+        if self.main_task:
+            self.main_task.cancel()
+            await asyncio.gather(self.main_task, return_exceptions=True)
+        keep = [
+            asyncio.create_task(_forever(RENEW_SECONDS, self._renew)),
+            asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals)),
+        ]
+        tasks = list(self.tasks.values())
+        if tasks:
+            _done, late = await asyncio.wait(tasks, timeout=grace_seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in keep:
+            task.cancel()
+        await asyncio.gather(*keep, return_exceptions=True)
+
+
+async def _through_outages(step: Callable[[], Awaitable[None]]) -> None:
+    """Run a step; while Redis is away, say so and wait a moment instead."""
+    try:
+        await step()
+    except UNAVAILABLE as error:
+        log.warning("redis unavailable", extra={"error": type(error).__name__})
+        await asyncio.sleep(0.2)
+
+
+async def _forever(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+    """Repeat a step at a fixed pace, outages of Redis or not."""
+    while True:
+        started = time.monotonic()
+        try:
+            await _through_outages(step)
+        except Exception:  # a bug here must not end the renewing of leases
+            log.exception("worker loop failed")
+        await asyncio.sleep(max(0.0, seconds - (time.monotonic() - started)))

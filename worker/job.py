@@ -1,0 +1,234 @@
+"""One session: load the request and its log, prepare the prompt, run the engine, write the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from shared import protocol
+from shared.errors import UnbrokenError
+from shared.protocol import Delta, Failed, Finished, Usage
+from worker.engine.messages import Add
+from worker.publisher import Ending
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shared.protocol import CancelReason, FinishReason, GenerationRequest
+    from shared.queue import Claimed, SessionQueue
+    from shared.session_log import Entry, SessionLog
+    from worker.engine.messages import Output, Prompt
+    from worker.engine_client import EngineClient
+    from worker.prompts import PromptBuilder
+    from worker.publisher import Publisher, SessionWriter
+
+log = logging.getLogger("unbroken.job")
+
+MAX_ATTEMPTS = 3
+
+
+class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
+    """The session is another worker's now, or gone: drop it without a word."""
+
+
+class EngineGone(Exception):  # noqa: N818 - see LeaseLost
+    """The engine died under the session: it goes back to the queue."""
+
+
+class SessionJob:
+    """One run of a session on this worker.
+
+    Args:
+        claimed: the session and the lease to write it under.
+        parts: the worker's shared parts.
+    """
+
+    def __init__(self, claimed: Claimed, parts: Parts) -> None:
+        self.claimed, self._parts = claimed, parts
+        self._reason: CancelReason | None = None
+        self._interrupted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._handles: dict[int, int] = {}  # engine handle -> choice
+        self._last: dict[int, Output] = {}  # choice -> its last output
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._writer: SessionWriter | None = None
+        self._prompt_tokens = 0
+
+    def cancel(self, reason: CancelReason) -> None:
+        """End the session at its next step, or now where it is not in the engine yet."""
+        if self._reason is None:
+            self._reason = reason
+            log.info("cancel", extra={"session": self.claimed.session_id, "reason": reason})
+            for handle in self._handles:
+                self._parts.engine.cancel(handle, reason)
+            if not self._handles and not self._interrupted.done():
+                self._interrupted.set_result(None)
+
+    def lose(self) -> None:
+        """Drop the session: the lease is lost."""
+        for future in (self._done, self._interrupted):
+            if not future.done():
+                future.set_exception(LeaseLost())
+                future.exception()  # either may stay unread
+
+    async def run(self) -> None:
+        """Run the session to its end.
+
+        Raises:
+            LeaseLost: another worker has the session, or it is gone.
+            EngineGone: the engine died; the session can be tried again.
+        """
+        sid = self.claimed.session_id
+        record = await self._parts.log.record(sid)
+        raw = await self._parts.queue.request(sid)
+        if record is None:
+            raise LeaseLost
+        self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
+        extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}
+        log.info("stream start", extra=extra)
+        try:
+            ending = await self._generate(raw, record.attempts)
+            self._drop_handles()
+            if not await writer.finish(ending):
+                raise LeaseLost
+            log.info("stream stop", extra={"session": sid, "status": ending.status})
+        finally:
+            self._drop_handles()
+            writer.close()
+
+    async def fail(self, error: UnbrokenError) -> None:
+        """End the session as failed without running it."""
+        record = await self._parts.log.record(self.claimed.session_id)
+        if record is not None:
+            writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
+            event = Failed(error.code, error.message, error.param)
+            await writer.finish(Ending(event, "failed"))
+
+    async def _generate(self, raw: bytes | None, attempts: int) -> Ending:
+        try:
+            request = _admissible(raw, attempts)
+            generated = replay(await self._read_log(), request.sampling.n)
+            prompt = await self._prepare(request)
+            if prompt is None:
+                return self._ending(request.sampling.n)
+            await self._run_engine(prompt, request, generated)
+            return self._ending(request.sampling.n)
+        except UnbrokenError as error:
+            event = Failed(error.code, error.message, error.param)
+            return Ending(event, "failed", self._usage())
+
+    async def _read_log(self) -> list[Entry]:
+        entries: list[Entry] = []
+        while True:
+            after = entries[-1].index if entries else -1
+            page = await self._parts.log.read(self.claimed.session_id, after)
+            entries += page
+            if not page:
+                return entries
+
+    async def _prepare(self, request: GenerationRequest) -> Prompt | None:
+        """Fetch, decode and tokenize; None if the session is cancelled meanwhile."""
+        task = asyncio.ensure_future(self._parts.prompts.build(request))
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._interrupted}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._interrupted.done():
+                self._interrupted.result()  # raises LeaseLost
+                return None
+            prompt, _hashes = task.result()
+            return prompt
+        finally:
+            task.cancel()
+
+    async def _run_engine(
+        self, prompt: Prompt, request: GenerationRequest, generated: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._prompt_tokens = len(prompt.input_ids)
+        for choice in range(request.sampling.n):
+            handle = self._parts.engine.new_handle()
+            self._handles[handle] = choice
+            self._parts.engine.add(
+                Add(handle, prompt, request.sampling_for(choice), generated[choice]),
+                self._on_output,
+            )
+        if self._reason:
+            for handle in self._handles:
+                self._parts.engine.cancel(handle, self._reason)
+        await self._done
+
+    def _on_output(self, output: Output | None) -> None:
+        """Take one step's output of one choice; None says that the engine died."""
+        if self._done.done():
+            return
+        if output is None:
+            self._done.set_exception(EngineGone())
+            return
+        choice = self._handles[output.handle]
+        if output.error:
+            self._done.set_exception(UnbrokenError(*output.error))
+            return
+        assert self._writer is not None  # noqa: S101 - run() opened it before the engine
+        for piece in output.pieces:
+            self._writer.write(Delta(choice, piece.ids, piece.text, piece.channel))
+        if output.finish:
+            self._last[choice] = output
+            if len(self._last) == len(self._handles):
+                self._done.set_result(None)
+
+    def _ending(self, choices: int) -> Ending:
+        cancelled = self._reason
+        if self._last:
+            cancelled = next((o.cancelled for o in self._last.values() if o.cancelled), None)
+        reasons: list[FinishReason] = [
+            (self._last[c].finish or "stop") if c in self._last else "stop" for c in range(choices)
+        ]
+        event = Finished(tuple(reasons), self._usage(), cancelled)
+        return Ending(event, "cancelled" if cancelled else "finished", event.usage)
+
+    def _usage(self) -> Usage:
+        outputs = self._last.values()
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(o.completion_tokens for o in outputs),
+            reasoning_tokens=sum(o.reasoning_tokens for o in outputs),
+        )
+
+    def _drop_handles(self) -> None:
+        for handle, choice in self._handles.items():
+            if choice not in self._last:
+                self._parts.engine.abort(handle)
+        self._handles.clear()
+
+
+class Parts:
+    """What all sessions of a worker share."""
+
+    def __init__(
+        self,
+        *,
+        log: SessionLog,
+        queue: SessionQueue,
+        publisher: Publisher,
+        prompts: PromptBuilder,
+        engine: EngineClient,
+    ) -> None:
+        self.log, self.queue, self.publisher = log, queue, publisher
+        self.prompts, self.engine = prompts, engine
+
+
+def _admissible(raw: bytes | None, attempts: int) -> GenerationRequest:
+    if raw is None:
+        raise UnbrokenError("generation_failed", "The request is no longer kept.")
+    if attempts > MAX_ATTEMPTS:
+        raise UnbrokenError("generation_failed", f"The generation failed {MAX_ATTEMPTS} times.")
+    return protocol.decode_request(raw)
+
+
+def replay(entries: Sequence[Entry], choices: int) -> list[tuple[int, ...]]:
+    """Return the token ids that the log holds for each choice, in order."""
+    ids: list[list[int]] = [[] for _ in range(choices)]
+    for entry in entries:
+        event = protocol.decode_event(entry.data)
+        if isinstance(event, Delta):
+            ids[event.choice] += event.ids
+    return [tuple(i) for i in ids]
