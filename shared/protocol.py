@@ -118,8 +118,9 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """New tokens of one choice and the text they release.
 
-    `text` may lag behind `ids` (a half-read UTF-8 character, a possible stop string); replaying all
-    `ids` gives it again. One delta holds one channel only.
+    Ids wait until their text can be shown (a half-read UTF-8 character, a possible stop string), so
+    that a log never ends inside held-back text. One delta holds one channel only; a token with text
+    in two has its id in the second of two deltas, which are appended together.
     """
 
     choice: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from shared.protocol import Usage, encode_event
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.publisher")
 
 MAX_BACKOFF = 1.0
+NO_IDS = re.compile(rb'\["d",\d+,\[\],')
+"""A delta whose token stands in the next one: the two go out together, or a successor would draw
+the token again behind half of its text."""
+
 BATCH_EVENTS = 256
 """Events of one session in one append: what gathered while Redis was away goes out in pieces."""
 
@@ -84,8 +89,12 @@ class SessionWriter:
             self._on_lost()
 
     def batch(self) -> Append:
-        """Return the pending events as one append."""
-        return Append(self.session_id, self.lease, self.first, self.pending[:BATCH_EVENTS])
+        """Return the pending events as one append, or as many as fit in one."""
+        cut = min(len(self.pending), BATCH_EVENTS)
+        if cut < len(self.pending):
+            while cut > 1 and NO_IDS.match(self.pending[cut - 1]):
+                cut -= 1
+        return Append(self.session_id, self.lease, self.first, self.pending[:cut])
 
     def confirm(self, count: int) -> None:
         """Forget the first `count` pending events: they are in the log."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from worker.engine.detokenizer import Detokenizer
+from worker.engine.detokenizer import Detokenizer, _overlap
 from worker.engine.messages import Piece
 
 CORPUS = [
@@ -193,6 +193,13 @@ def test_text_waits_only_for_what_it_may_become(text, data):
         assert not held or any(whole.endswith(s) for s in starts) or "\ufffd" in last
 
 
+@given(text=st.text(alphabet="ab", max_size=8), word=st.text(alphabet="ab", min_size=1, max_size=8))
+def test_what_waits_is_the_longest_possible_start(text, word):
+    """The held end of a text is its longest end that begins the word without completing it."""
+    starts = [n for n in range(len(word)) if text.endswith(word[:n])]
+    assert _overlap(text, word) == max(starts)
+
+
 def test_an_emoji_over_four_tokens_comes_out_once():
     """Nothing is shown until the last byte is there, and then it comes with all four ids."""
     ids = spell("🙂")
@@ -243,7 +250,8 @@ def test_text_that_only_looked_like_a_stop_string_is_shown():
         (("aab", "aa"), "xaab", "x"),
         (("aba",), "abababa", ""),
         (("aab",), "aaab", "a"),
-        ((".", ""), "a.b", "a"),
+        ((".", ""), "ab.c", "ab"),
+        (("axay",), "baxay", "b"),
         (("\n\n",), "\n\n", ""),
     ],
 )
@@ -277,11 +285,21 @@ def test_a_tag_may_be_spelled_in_any_tokens(write):
     assert texts(write("<think>\nhmm</think>\nyes")) == ("hmm", "yes")
 
 
+def one_word(word: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose token 0 is `word`."""
+    model = models.WordLevel({word: 0, "?": 1}, unk_token="?")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+
+
+def test_stop_strings_inside_one_token_count_as_if_it_came_in_parts():
+    """The one that is complete first wins, not the one that begins first."""
+    detokenizer = Detokenizer(one_word("abcd"), stop=("bcd", "c"))
+    assert [*detokenizer.push(0), *detokenizer.finish()] == [Piece((0,), "ab", "content")]
+
+
 def test_a_token_on_both_sides_of_the_tag_gives_two_pieces():
     """Text of both channels in one token: two pieces, and the id in the second of them."""
-    odd = Tokenizer(models.WordLevel({"a</think>b": 0, "?": 1}, unk_token="?"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=odd)
-    pieces = Detokenizer(tokenizer, thinking=True).push(0)
+    pieces = Detokenizer(one_word("a</think>b"), thinking=True).push(0)
     assert pieces == [Piece((), "a", "reasoning"), Piece((0,), "b", "content")]
 
 
@@ -309,6 +327,8 @@ def test_a_stop_string_does_not_reach_from_thought_to_answer():
     """The end of the thought and the start of the answer together are no stop string."""
     assert texts(encode("hm E</think>ND yes"), stop=("END",), thinking=True) == ("hm E", "ND yes")
     assert texts(encode("hm</think>\n\nyes"), stop=("\n\n",), thinking=True) == ("hm", "yes")
+    stop = ("m</think>N",)  # what was held for it is let go
+    assert texts(encode("hm</think>ND yes"), stop=stop, thinking=True) == ("hm", "ND yes")
     assert texts(encode("hm END</think>yes"), stop=("END",), thinking=True) == ("hm ", "")
 
 

@@ -213,7 +213,7 @@ class Detokenizer:
                 return
             self._show("reasoning", close)
             if not self.stopped:
-                self._sorted = self._clear = close + len(CLOSE)
+                self._sorted = close + len(CLOSE)
                 self._join(close, self._sorted)
                 self._state, self._after_tag = "answer", True
                 self._thought_tokens = self._count
@@ -221,7 +221,7 @@ class Detokenizer:
     def _open_thought(self, *, final: bool) -> bool:
         """Look for `<think>` at the very start; return whether it is clear what begins here."""
         if self._text.startswith(OPEN):
-            self._sorted = self._clear = len(OPEN)
+            self._sorted = len(OPEN)
             self._state, self._after_tag = "thought", True
         elif OPEN.startswith(self._text) and not final:
             return False

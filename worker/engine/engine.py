@@ -140,8 +140,13 @@ class Engine:
         if not ids or min(ids) < 0 or max(ids) >= self.runner.vocab_size:
             raise ValueError("token ids outside the vocabulary")
         sequence.stopping = build_stopping(sequence, self.cancelled)
+        sampling = sequence.sampling
         sequence.detokenizer = Detokenizer(
-            self.loaded.tokenizer, sequence.sampling.stop, sequence.prompt.thinking
+            self.loaded.tokenizer,
+            sampling.stop,
+            sequence.prompt.thinking,
+            sampling.min_tokens,
+            sampling.stop_token_ids,
         )
         if not sequence.output_ids:
             return False

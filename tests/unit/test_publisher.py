@@ -1,0 +1,150 @@
+"""The publisher writes each session's events in order, once, whatever Redis does."""
+
+import asyncio
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from shared.protocol import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    Message,
+    SamplingParams,
+    TextPart,
+    Usage,
+    decode_event,
+)
+from shared.queue import Claimed, SessionQueue, Submission
+from shared.session_log import SessionLog
+from shared.store import Store, connect
+from worker.publisher import BATCH_EVENTS, Ending, Publisher
+
+
+class Flaky(SessionLog):
+    """The real log, whose next calls fail: before they reach Redis, or after."""
+
+    def __init__(self, store):
+        super().__init__(store)
+        self.lose_calls = self.lose_replies = 0
+        self.sizes = []
+
+    async def append(self, batch):
+        if self.lose_calls:
+            self.lose_calls -= 1
+            raise RedisConnectionError("lost call")
+        self.sizes.append(sum(len(item.events) for item in batch))
+        replies = await super().append(batch)
+        if self.lose_replies:
+            self.lose_replies -= 1
+            raise RedisConnectionError("lost reply")
+        return replies
+
+
+@pytest.fixture
+async def store(redis_url):
+    store = Store(connect(redis_url))
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def log(store):
+    return Flaky(store)
+
+
+@pytest.fixture
+async def publisher(log):
+    publisher = Publisher(log, kept_seconds=60)
+    publisher.start()
+    yield publisher
+    await publisher.close()
+
+
+@pytest.fixture
+async def claim(store):
+    queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000)
+
+    async def claim(*names):
+        request = GenerationRequest((Message("user", (TextPart("x"),)),), SamplingParams())
+        for name in names:
+            await queue.submit(
+                Submission(name, "", request.digest(), "m", "fp", False, request), 100
+            )
+        return (await queue.claim("w", len(names))).sessions
+
+    return claim
+
+
+END = Ending(Finished(("stop",), Usage(1, 2)), "finished", Usage(1, 2))
+
+
+def delta(n, ids=None):
+    return Delta(0, (n,) if ids is None else ids, f"{n} ")
+
+
+async def texts(log, session_id):
+    entries, after = [], -1
+    while page := await log.read(session_id, after):
+        entries += page
+        after = page[-1].index
+    assert [e.index for e in entries] == list(range(len(entries)))
+    events = [decode_event(e.data) for e in entries]
+    return [e.text for e in events if isinstance(e, Delta)]
+
+
+@pytest.mark.parametrize("fault", ["lose_calls", "lose_replies"])
+async def test_lost_calls_and_replies_lose_and_repeat_nothing(log, publisher, claim, fault):
+    """Whether the call or its reply is lost, the log has each event once, in order."""
+    [mine] = await claim("a")
+    writer = publisher.open(mine, 1, lambda: None)
+    setattr(log, fault, 3)
+    for n in range(40):
+        writer.write(delta(n))
+        publisher.flush()
+        await asyncio.sleep(0)
+    assert await writer.finish(END)
+    assert await texts(log, "a") == [f"{n} " for n in range(40)]
+
+
+async def test_what_gathers_during_a_call_goes_out_together(log, publisher, claim):
+    """Events of all sessions written meanwhile share the next append."""
+    claims = await claim("a", "b", "c")
+    writers = [publisher.open(c, 1, lambda: None) for c in claims]
+    for n in range(20):
+        for writer in writers:
+            writer.write(delta(n))
+    publisher.flush()
+    assert await asyncio.gather(*(w.finish(END) for w in writers)) == [True] * 3
+    assert len(log.sizes) <= 1  # all of it went out with the finishes, or in one append
+    assert [len(await texts(log, name)) for name in "abc"] == [20] * 3
+
+
+async def test_a_fenced_session_is_lost_and_the_others_go_on(log, publisher, claim):
+    """Losing one lease tells that session's job, once, and harms no other."""
+    [mine, other] = await claim("a", "b")
+    lost = []
+    gone = publisher.open(Claimed("a", "stranger:1"), 1, lambda: lost.append("a"))
+    going = publisher.open(other, 1, lambda: lost.append("b"))
+    for writer in (gone, going):
+        writer.write(delta(1))
+    publisher.flush()
+    assert await going.finish(END)
+    assert not await gone.finish(END)
+    assert lost == ["a"]
+    assert await texts(log, "a") == []
+    assert mine.session_id == "a"
+
+
+async def test_a_backlog_is_not_cut_inside_a_token(log, publisher, claim):
+    """A delta without ids goes out with the one that holds its token."""
+    [mine] = await claim("a")
+    writer = publisher.open(mine, 1, lambda: None)
+    for n in range(BATCH_EVENTS - 1):
+        writer.write(delta(n))
+    writer.write(delta(-1, ids=()))  # would be the last of a full batch
+    writer.write(delta(-2))
+    writer.write(delta(-3))
+    assert len(writer.batch().events) == BATCH_EVENTS - 1
+    assert await writer.finish(END)
+    assert len(await texts(log, "a")) == BATCH_EVENTS + 2
