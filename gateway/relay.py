@@ -18,6 +18,7 @@ from shared.errors import UnbrokenError
 from shared.presence import REFRESH_SECONDS
 from shared.session_log import PAGE, Entry
 from shared.store import UNAVAILABLE
+from shared.tasks import stop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -106,9 +107,7 @@ class Relay:
 
     async def close(self) -> None:
         """Stop listening, and close the subscription's client."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await stop(*self._tasks)
         await self._bell.close()
 
     async def follow(

@@ -26,6 +26,7 @@ from shared.queue import (
     job_serializer,
 )
 from shared.store import UNAVAILABLE
+from shared.tasks import stop
 from worker.job import EngineGone, LeaseLost, SessionJob
 
 if TYPE_CHECKING:
@@ -120,9 +121,7 @@ class LeasedWorker(Worker):
                 await self.can_claim.wait()
                 await _through_outages(self._poll_iteration)
         finally:
-            for task in loops:
-                task.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
+            await stop(*loops)
 
     async def _poll_iteration(self) -> None:
         """Claim what fits and start it, else wait: for the bell, a slot, an expiring lease."""
@@ -231,8 +230,7 @@ class LeasedWorker(Worker):
         """Claim no more; wait for the running sessions, then give the rest back to the queue."""
         self.can_claim.clear()
         if self.main_task:
-            self.main_task.cancel()
-            await asyncio.gather(self.main_task, return_exceptions=True)
+            await stop(self.main_task)
         keep = [
             asyncio.create_task(_forever(RENEW_SECONDS, self._renew)),
             asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals)),
@@ -241,11 +239,9 @@ class LeasedWorker(Worker):
         if tasks:
             _done, late = await asyncio.wait(tasks, timeout=grace_seconds)
             for task in late:
-                task.cancel()
+                task.cancel()  # once: each gives its session back
             await asyncio.gather(*tasks, return_exceptions=True)
-        for task in keep:
-            task.cancel()
-        await asyncio.gather(*keep, return_exceptions=True)
+        await stop(*keep)
 
 
 async def _through_outages(step: Callable[[], Awaitable[None]]) -> None:

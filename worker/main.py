@@ -18,6 +18,7 @@ from shared.queue import SessionQueue
 from shared.session_log import SessionLog
 from shared.settings import WorkerSettings
 from shared.store import UNAVAILABLE, Store, connect
+from shared.tasks import stop
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig
 from worker.engine_client import EngineClient
@@ -70,10 +71,10 @@ class WorkerProcess:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain."""
-        stop = asyncio.Event()
+        asked = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, asked.set)
         log.info("startup", extra={"worker": self.id, "model": self._settings.model_repo_id})
         self._publisher.start()
         announcing = asyncio.create_task(self._announce_forever(), name="announce")
@@ -81,7 +82,7 @@ class WorkerProcess:
         serving = asyncio.create_task(self._consumer.async_run(), name="serve")
         try:
             await asyncio.wait(
-                {asyncio.create_task(stop.wait()), serving, announcing},
+                {asyncio.create_task(asked.wait()), serving, announcing},
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
@@ -138,9 +139,7 @@ class WorkerProcess:
         with contextlib.suppress(*UNAVAILABLE):
             await self._fleet.leave(self.id)
             others = any(w.state == "ready" for w in await self._fleet.live() if w.id != self.id)
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        await stop(*background)
         await self._consumer.drain(0 if others else self._settings.drain_seconds)
         with contextlib.suppress(*UNAVAILABLE):
             await self._fleet.leave(self.id)

@@ -7,7 +7,6 @@ A session's events are numbered when they are written, so a repeated call append
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shared.protocol import Usage, encode_event
 from shared.session_log import FENCED, LOG_LOST, REFUSED, Append
 from shared.store import FAILED, UNAVAILABLE
+from shared.tasks import stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,9 +125,7 @@ class Publisher:
     async def close(self) -> None:
         """Stop writing; what is pending stays unwritten."""
         if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await stop(self._task)
 
     def open(self, claimed: Claimed, first: int, on_lost: Callable[[], None]) -> SessionWriter:
         """Begin to write a session's log at index `first`."""
