@@ -1,0 +1,105 @@
+"""Redis dies in the middle of everything, and comes back with what it had."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+import run
+from shared.protocol import Delta, Finished, Usage
+from shared.session_log import SessionLog
+from shared.store import Store, connect
+from tests.gateway_process import GatewayProcess
+from tests.scripted import ScriptedWorker
+from worker.publisher import Ending, Publisher
+
+pytestmark = pytest.mark.timeout(90)
+STREAMS, TOKENS = 50, 120
+
+
+class OwnRedis:
+    """A Redis with an append-only file, on a port it keeps."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, run.free_port()
+        (folder / "redis.conf").write_text(run.REDIS_CONF.format(port=self.port, password="pw"))  # noqa: S106
+        self.url = f"redis://:pw@127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        with (self.folder / "redis.log").open("ab") as log:
+            argv = [run.find_redis(sys.executable), "redis.conf"]
+            self.process = subprocess.Popen(argv, cwd=self.folder, stdout=log, stderr=log)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def own_redis(tmp_path):
+    redis = OwnRedis(tmp_path)
+    yield redis
+    redis.kill()
+
+
+async def generate(publisher, claimed, ticks):
+    """Write one session as a job does, token by token."""
+    writer = publisher.open(claimed, 1, lambda: None)
+    for n in range(TOKENS):
+        await ticks()
+        writer.write(Delta(0, (n,), f"{n} "))
+        publisher.flush()
+    usage = Usage(1, TOKENS)
+    return await writer.finish(Ending(Finished(("stop",), usage), "finished", usage))
+
+
+async def read_stream(url, session_id):
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        answer = await client.post("/v1/chat/completions", json={**body, "session_id": session_id})
+    lines = [line for line in answer.text.split("\n") if not line.startswith(":")]
+    return [event for event in "\n".join(lines).split("\n\n") if event]
+
+
+async def test_fifty_streams_go_on_when_redis_is_killed_and_restarted(own_redis, tmp_path):
+    """All of 50 running streams are whole after a SIGKILL of Redis; no client reconnects."""
+    gateways = [GatewayProcess(own_redis.url, tmp_path) for _ in range(2)]
+    store = Store(connect(own_redis.url, retries=10))
+    worker = ScriptedWorker(store)
+    publisher = Publisher(SessionLog(store), kept_seconds=60)
+    publisher.start()
+    try:
+        await worker.announce()
+        readers = [
+            asyncio.create_task(read_stream(gateways[n % 2].url, f"s{n}")) for n in range(STREAMS)
+        ]
+        claims = []
+        while len(claims) < STREAMS:
+            claims += (await worker.queue.claim(worker.id, STREAMS)).sessions
+            await worker.queue.wait_for_work(0.1)
+        written = [
+            asyncio.create_task(generate(publisher, c, lambda: asyncio.sleep(0.02))) for c in claims
+        ]
+        log = SessionLog(store)
+        while not await log.read("s7", TOKENS // 4):
+            await asyncio.sleep(0.01)
+        own_redis.kill()
+        await asyncio.sleep(0.5)  # the outage itself, longer than a write takes
+        own_redis.start()
+        assert await asyncio.gather(*written) == [True] * STREAMS
+        for n, events in enumerate(await asyncio.gather(*readers)):
+            ids = [e.split("\n")[0] for e in events if e.startswith("id:")]
+            assert ids == [f"id: s{n}:{i}" for i in range(TOKENS + 2)], events
+            texts = [json.loads(e.split("data: ")[1]) for e in events[1:-2]]
+            joined = "".join(t["choices"][0]["delta"]["content"] for t in texts)
+            assert joined == "".join(f"{i} " for i in range(TOKENS))
+            assert events[-1] == "data: [DONE]"
+    finally:
+        await publisher.close()
+        await store.close()
+        for gateway in gateways:
+            gateway.stop()
