@@ -70,7 +70,7 @@ class ChatCompletionRequest(BaseModel):
     n: int | None = Field(default=None, ge=1, le=8)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
@@ -104,7 +104,10 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
     for param in (*never, *not_yet):
         if body.get(param):
             raise unsupported(param)
-    if "audio" in (body.get("modalities") or []):
+    modalities = body.get("modalities")
+    if modalities is not None and not isinstance(modalities, list):
+        raise UnbrokenError("invalid_value", "'modalities' must be a list.", "modalities")
+    if "audio" in (modalities or []):
         raise unsupported("modalities", "with audio is not supported")
     if body.get("tool_choice") not in (None, "none", "auto"):
         raise unsupported("tool_choice")
@@ -237,6 +240,7 @@ def _message(raw: dict[str, Any], index: int) -> Message:
 
 def _part(raw: Any, where: str) -> Part:
     kind = raw.get("type") if isinstance(raw, dict) else None
+    kind = kind if isinstance(kind, str) else None
     if kind in ("text", "input_text"):
         if not isinstance(raw.get("text"), str):
             raise UnbrokenError(

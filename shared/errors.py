@@ -65,7 +65,7 @@ class UnbrokenError(Exception):
             "error": {
                 "message": self.message[:2000],
                 "type": self.kind.type,
-                "param": self.param,
+                "param": self.param and self.param[:200],
                 "code": self.code,
             }
         }

@@ -97,7 +97,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         The hex SHA-256 of the canonical encoding. The caller passes the request before a random
         seed was drawn for it, so that a retry of the same body has the same digest.
         """
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        plain = msgspec.to_builtins(self, str_keys=True)  # sorts keys of strings only
+        return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

@@ -14,6 +14,7 @@ from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
+    ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -22,7 +23,15 @@ LUA = Path(__file__).parent / "lua"
 LOST = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
 """What a client sees while Redis is away or restarting: worth another try."""
 
-UNAVAILABLE: tuple[type[Exception], ...] = (*LOST, OutOfMemoryError, ReadOnlyError)
+REFUSALS = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "UNBLOCKED")
+"""Codes by which Redis says that it takes no writes for now; redis-py has no classes for them."""
+
+
+class RefusedError(RedisError):
+    """Redis takes no writes for now: its disk is full, its replicas are gone, or the like."""
+
+
+UNAVAILABLE: tuple[type[Exception], ...] = (*LOST, OutOfMemoryError, ReadOnlyError, RefusedError)
 """What makes Redis unable to take a write for now, but not a bug of ours."""
 
 FAILED: tuple[type[Exception], ...] = (*UNAVAILABLE, RedisError)
@@ -70,9 +79,15 @@ class Store:
         """Run the script `shared/lua/<script>.lua`; returns what Redis replies, as bytes and ints.
 
         Raises:
+            RefusedError: Redis takes no writes for now.
             RedisError: the connection is lost for good, or the script failed.
         """
-        return await self._scripts[script](keys=keys, args=args)
+        try:
+            return await self._scripts[script](keys=keys, args=args)
+        except ResponseError as error:
+            if str(error).startswith(REFUSALS):
+                raise RefusedError(str(error)) from None
+            raise
 
     async def close(self) -> None:
         """Close all connections."""

@@ -16,7 +16,7 @@ class Oracle:
     """The demo model with its own processor, outside any server."""
 
     def __init__(self, folder: str) -> None:
-        from worker.engine.processor import prepare_torchvision
+        from worker.engine.torchvision_shim import prepare_torchvision
 
         prepare_torchvision()
         import torch

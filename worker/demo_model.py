@@ -196,7 +196,7 @@ def _is_current(folder: Path) -> bool:
 def _build(folder: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from worker.engine.processor import prepare_torchvision
+    from worker.engine.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()
     transformers_logging.disable_progress_bar()

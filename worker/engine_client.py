@@ -335,7 +335,10 @@ class _EngineProcess:
                 return
             try:
                 send_frame(self.sock, encode(command))
-            except Disconnected:
+            except Exception as error:
+                if not isinstance(error, Disconnected):  # deaf, it is as good as dead
+                    log.exception("a command could not be sent")
+                    self.sock.shutdown(socket.SHUT_RDWR)
                 return  # the reader notices too, and acts on it
 
 

@@ -123,16 +123,20 @@ async def _download(url: str, settings: WorkerSettings) -> bytes:
         answer = await _get(target, settings)
         if isinstance(answer, bytes):
             return answer
-        target = _parse(str(target.join(answer)))
+        try:
+            target = _parse(str(target.join(answer)))
+        except (httpx.InvalidURL, ValueError):
+            raise _unreachable("The media URL redirects to no valid URL.") from None
     raise _unreachable(f"The media URL redirects more than {MAX_REDIRECTS} times.")
 
 
 def _parse(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
+        named = parsed.scheme in ("http", "https") and bool(parsed.host)  # decodes the host
     except (httpx.InvalidURL, ValueError):
         raise _invalid("The media URL is not valid.") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if not named:
         raise _invalid("A media URL must begin with http:// or https:// and name a host.")
     return parsed
 

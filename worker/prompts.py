@@ -62,6 +62,7 @@ class PromptBuilder:
                     "hf_token": settings.hf_token,
                     "trust_remote_code": settings.trust_remote_code,
                     "max_video_frames": settings.max_video_frames,
+                    "context_length": settings.context_length,
                 },
             ),
             size=settings.media_processes,

@@ -143,7 +143,12 @@ class Publisher:
             backoff = 0.05
             while self.dirty:
                 writers, self.dirty = list(self.dirty.values()), {}
-                if await self._send(writers):
+                try:
+                    sent = await self._send(writers)
+                except Exception:  # a bug must not leave streams hanging on a renewed lease
+                    log.exception("publishing failed")
+                    sent = self._put_back(writers)
+                if sent:
                     backoff = 0.05
                 else:
                     await asyncio.sleep(backoff)
@@ -198,6 +203,9 @@ class Publisher:
             log.warning("redis unavailable, will write again", extra={"error": kind})
         else:
             log.error("redis refused, will write again", exc_info=error)
+        return self._put_back(writers)
+
+    def _put_back(self, writers: list[SessionWriter]) -> bool:
         for writer in writers:
             if not writer.ended.done():
                 self.dirty[writer.session_id] = writer

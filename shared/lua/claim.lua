@@ -1,5 +1,6 @@
 -- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
 -- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place.
+-- `attempts` counts the claims since the log last grew.
 -- KEYS: queue, leases, work bell
 -- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix
 -- Returns {still waiting, ms until the next lease runs out (-1: none), {id, lease}, …}
@@ -28,6 +29,10 @@ if free > 0 then
       local lease = ARGV[1] .. ':' .. string.format('%.0f', epoch)
       redis.call('HSET', key, 'status', 'running', 'lease', lease,
         'epoch', string.format('%.0f', epoch), 'started', time[1])
+      local progress = redis.call('HMGET', key, 'last', 'tried_at')
+      if progress[1] ~= progress[2] then  -- it got further since: this is no poison
+        redis.call('HSET', key, 'attempts', 0, 'tried_at', progress[1])
+      end
       redis.call('HINCRBY', key, 'attempts', 1)
       redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
       claimed[#claimed + 1] = {id, lease}

@@ -25,7 +25,7 @@ class OwnRedis:
 
     def __init__(self, folder):
         self.folder, self.port = folder, run.free_port()
-        (folder / "redis.conf").write_text(run.REDIS_CONF.format(port=self.port, password="pw"))  # noqa: S106
+        (folder / "redis.conf").write_text(run.REDIS_CONF.format(port=self.port, password="pw"))
         self.url = f"redis://:pw@127.0.0.1:{self.port}/0"
         self.start()
 

@@ -22,7 +22,7 @@ def hashes(folder):
 @pytest.fixture(scope="module")
 def parts(demo_model):
     """Tokenizer, processor and model, loaded as any model is."""
-    from worker.engine.processor import prepare_torchvision
+    from worker.engine.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer

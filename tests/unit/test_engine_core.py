@@ -8,7 +8,7 @@ import torch
 
 from shared.protocol import SamplingParams
 from worker.demo_model import ensure_demo_model
-from worker.engine.processor import prepare_torchvision
+from worker.engine.torchvision_shim import prepare_torchvision
 
 prepare_torchvision()  # before anything imports transformers
 # ruff: noqa: E402

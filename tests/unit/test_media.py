@@ -220,6 +220,12 @@ async def test_an_unreachable_host_is_an_error(url):
     assert (await refused(url)).code == "media_unreachable"
 
 
+@pytest.mark.parametrize("url", ["http://xn--/", "http://", "http://[::1"])
+async def test_a_url_that_is_none_is_the_clients_fault(url):
+    """A URL that cannot be parsed, its host included, is invalid media."""
+    assert (await refused(url)).code == "invalid_media"
+
+
 async def test_a_missing_file_is_an_error(server):
     """A status other than 200 is named."""
     error = await refused(server.url("/missing"))

@@ -82,6 +82,9 @@ def test_the_digest_is_of_the_meaning():
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"modalities": 5}, "modalities"),
+        ({"modalities": True}, "modalities"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -138,6 +141,8 @@ def test_what_cannot_be_honoured_is_refused(fields, param):
         ({"type": "input_audio"}, "unsupported_parameter", ""),
         ({"type": "file"}, "unsupported_parameter", ""),
         ({"type": "hologram"}, "invalid_value", ".type"),
+        ({"type": []}, "invalid_value", ".type"),
+        ({"type": {}}, "invalid_value", ".type"),
         ({"type": "text"}, "invalid_value", ".text"),
         ({"type": "image_url", "image_url": {}}, "invalid_value", ".image_url"),
         ({"type": "image_url", "image_url": "file:///etc/passwd"}, "invalid_value", ".image_url"),
@@ -162,3 +167,18 @@ def test_ignored_fields_and_unknown_keys_pass():
     plain = chat()
     noisy = chat(user="u", metadata={"a": "b"}, store=True, service_tier="auto", whatever=1)
     assert plain.digest == noisy.digest
+
+
+def test_logit_bias_is_part_of_the_digest_whatever_its_order():
+    """Token biases count in a request's meaning, in any order."""
+    one = chat(logit_bias={"5": 1, "10": -2})
+    two = chat(logit_bias={"10": -2, "5": 1})
+    assert one.digest == two.digest != chat(logit_bias={"5": 1}).digest
+    assert one.generation.sampling.logit_bias == {5: 1.0, 10: -2.0}
+
+
+def test_an_error_names_no_endless_parameter():
+    """A key of a hundred kilobytes does not come back in the error."""
+    with pytest.raises(UnbrokenError) as caught:
+        chat(logit_bias={"k" * 100_000: "y"})
+    assert len(str(caught.value.body())) < 8000

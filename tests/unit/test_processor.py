@@ -340,3 +340,17 @@ async def test_a_model_that_is_not_there_is_told():
     assert caught.value.code == "model_not_ready"
     assert (builder.ready, bool(builder.failed)) == (False, True)
     await builder.close()
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(demo_model):
+    """Megabytes of text do not keep the processor busy, and the error names both numbers."""
+    from worker.engine.processor import PromptProcessor
+
+    small = PromptProcessor(
+        str(demo_model), None, trust_remote_code=False, max_video_frames=16, context_length=100
+    )
+    small._process = None
+    with pytest.raises(UnbrokenError) as caught:
+        small.build([user("word " * 10_000)], [])
+    assert caught.value.code == "context_length_exceeded"
+    assert "100 tokens" in caught.value.message

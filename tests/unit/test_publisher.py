@@ -26,13 +26,16 @@ class Flaky(SessionLog):
 
     def __init__(self, store):
         super().__init__(store)
-        self.lose_calls = self.lose_replies = 0
+        self.lose_calls = self.lose_replies = self.break_calls = 0
         self.sizes = []
 
     async def append(self, batch):
         if self.lose_calls:
             self.lose_calls -= 1
             raise RedisConnectionError("lost call")
+        if self.break_calls:
+            self.break_calls -= 1
+            raise RuntimeError("a bug")
         self.sizes.append(sum(len(item.events) for item in batch))
         replies = await super().append(batch)
         if self.lose_replies:
@@ -93,9 +96,9 @@ async def texts(log, session_id):
     return [e.text for e in events if isinstance(e, Delta)]
 
 
-@pytest.mark.parametrize("fault", ["lose_calls", "lose_replies"])
+@pytest.mark.parametrize("fault", ["lose_calls", "lose_replies", "break_calls"])
 async def test_lost_calls_and_replies_lose_and_repeat_nothing(log, publisher, claim, fault):
-    """Whether the call or its reply is lost, the log has each event once, in order."""
+    """A lost call, a lost reply, even a bug: the log has each event once, in order."""
     [mine] = await claim("a")
     writer = publisher.open(mine, 1, lambda: None)
     setattr(log, fault, 3)

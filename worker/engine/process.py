@@ -59,7 +59,7 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
             channel.send(Loading(stage, fraction))
 
     progress("importing the libraries", None)
-    from worker.engine.processor import prepare_torchvision
+    from worker.engine.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()  # transformers imports it, wherever it is installed
     from worker.engine.engine import Engine

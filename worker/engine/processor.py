@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -22,39 +21,12 @@ from shared.errors import UnbrokenError
 from shared.protocol import MediaPart, Message, TextPart
 from worker.decoder import Image, Video
 from worker.engine.messages import Prompt
+from worker.engine.torchvision_shim import prepare_torchvision
 
 log = logging.getLogger("unbroken.engine.processor")
 
 Media = Union[Image, Video]
 Array = np.ndarray[Any, Any]
-
-_libraries: list[torch.library.Library] = []
-
-
-def prepare_torchvision() -> None:
-    """Make `import torchvision` work where its wheel wants CUDA and torch has none.
-
-    Such a torchvision stops at its missing compiled operators `nms` and `qnms`. Declaring them is
-    enough for its transforms, which is all the processors use.
-    """
-    if torch.version.cuda is not None or _imports_torchvision():
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)  # its end would take the declarations with it
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    if not _imports_torchvision():
-        raise RuntimeError("torchvision does not import")
-
-
-def _imports_torchvision() -> bool:
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        return False
-    return True
 
 
 class PromptProcessor:
@@ -65,19 +37,28 @@ class PromptProcessor:
         hf_token: for gated models.
         trust_remote_code: whether code in the model's repository may run.
         max_video_frames: the most frames a video may have here.
+        context_length: tokens that a prompt may have at most; text that cannot fit is refused
+            before it is tokenized, which takes seconds for megabytes.
 
     Raises:
         UnbrokenError: `model_not_ready`, with the reason, if it cannot be loaded.
     """
 
     def __init__(
-        self, model: str, hf_token: str | None, *, trust_remote_code: bool, max_video_frames: int
+        self,
+        model: str,
+        hf_token: str | None,
+        *,
+        trust_remote_code: bool,
+        max_video_frames: int,
+        context_length: int = 2**31,
     ) -> None:
         prepare_torchvision()
         self._processor = _load(model, hf_token, trust_remote_code=trust_remote_code)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._multimodal = self._tokenizer is not self._processor
-        self._max_video_frames = max_video_frames
+        self._max_video_frames, self._context_length = max_video_frames, context_length
+        self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         template = getattr(self._processor, "chat_template", None) or self._tokenizer.chat_template
         self._template = template.get("default") if isinstance(template, dict) else template
         if not self._template:
@@ -101,10 +82,22 @@ class PromptProcessor:
         images = [item for item in media if isinstance(item, Image)]
         videos = [item for item in media if isinstance(item, Video)]
         self._check_media(messages, images, videos)
+        self._check_length(messages)
         text = self._render([self._shield_message(message) for message in messages])
         outputs = self._process(text, images, videos)
         ids, tensors = self._shield.restore(outputs)
         return Prompt(ids, tensors, self._thinking(ids))
+
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        parts = (p.text for m in messages for p in m.parts if isinstance(p, TextPart))
+        least = sum(len(text.encode()) for text in parts) // self._longest_token
+        if least >= self._context_length:
+            raise UnbrokenError(
+                "context_length_exceeded",
+                f"This model's maximum context length is {self._context_length} tokens, "
+                f"but the prompt has more than {least}.",
+                "messages",
+            )
 
     def _check_media(
         self, messages: Sequence[Message], images: Sequence[Image], videos: Sequence[Video]
