@@ -209,6 +209,7 @@ def up(args: argparse.Namespace) -> int:
             start_redis(stack, python)
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         env.update(REDIS_URL=stack.redis_url, MODEL_REPO_ID=model)
+        env["SESSIONS_DB_PATH"] = setting("SESSIONS_DB_PATH", str(stack.data / "sessions.db"))
         for _ in range(args.workers):
             stack.add("worker", [python, "-m", "worker.main"], env, ROOT)
         reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compares

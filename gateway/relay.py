@@ -1,8 +1,9 @@
-"""`Relay`: follows the logs of all the sessions that this process's clients read.
+"""`Relay`: carries the logs of all the sessions that this process's clients read.
 
 One doorbell subscription and one command connection serve them all. A ring names the sessions that
-have new events; one XREAD fetches them; each follower keeps only its place. A ring may get lost, so
-a sweep reads all followed sessions once a second.
+have new events; one XREAD fetches them; the hub has them rendered once and written to the clients'
+connections, so that no task wakes for an event. A ring may get lost, so a sweep reads all followed
+sessions once a second.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
+import time
 from typing import TYPE_CHECKING
 
+from gateway.channel import HUB_EVENTS, Channel
+from gateway.wire import connect, pack
 from shared import keys
 from shared.errors import UnbrokenError
 from shared.presence import REFRESH_SECONDS
-from shared.session_log import PAGE, Entry
+from shared.session_log import Entry
 from shared.store import UNAVAILABLE
 from shared.tasks import stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
+    from gateway.channel import Item, Viewer, Writes
+    from gateway.wire import Wire
     from shared.presence import Presence
     from shared.session_log import SessionLog
     from shared.store import Store
@@ -36,48 +41,22 @@ VANISHED_SWEEPS = 3
 OUTAGE_SECONDS = 0.5
 """Pause before Redis is asked again after it failed."""
 
-TAIL = 256
-"""Events kept in memory per followed session; a follower further behind reads Redis by itself."""
+SILENCE_SECONDS = 5.0
+"""A connection that does not answer for so long is opened anew."""
 
+CATCH_UP = 128
+"""Events that a follower which is behind reads at once."""
 
-class _Channel:
-    """The newest events of one followed session, shared by all its followers."""
+HUB_SESSIONS = 256
+"""Sessions that the hub reads at once."""
 
-    def __init__(self) -> None:
-        self.followers = 0
-        self.tail: deque[Entry] = deque(maxlen=TAIL)
-        self.last: int | None = None  # index up to which the hub has read; None: not begun
-        self.missing = 0
-        self.gone = False
-        self._changed = asyncio.Event()
+CARE_SESSIONS = 64
+"""Sessions looked after in one go, so that events need not wait until all have been."""
 
-    def since(self, after: int) -> list[Entry] | None:
-        """Return the known events above `after`, or None where only Redis has them."""
-        if self.last is None or after > self.last:
-            return None if self.last is None else []
-        if after == self.last:
-            return []
-        first = self.tail[0].index if self.tail else self.last + 1
-        if after + 1 < first:
-            return None
-        return [self.tail[i] for i in range(after + 1 - first, len(self.tail))]
+XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
+"""The head of the hub's command, put together by hand: it is sent for every ring."""
 
-    def extend(self, entries: list[Entry]) -> None:
-        self.tail.extend(entries)
-        self.last = entries[-1].index
-        self.notify()
-
-    def notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def changed(self, seconds: float) -> bool:
-        """Wait for news; False if there is none for so long."""
-        try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
-        return True
+PING = pack("PING")
 
 
 class Relay:
@@ -95,14 +74,15 @@ class Relay:
     ) -> None:
         self._store, self._bell = store, bell
         self._log, self._presence = session_log, presence
-        self._channels: dict[str, _Channel] = {}
-        self._rung: set[str] = set()
-        self._wake = asyncio.Event()
+        self._channels: dict[bytes, Channel] = {}
+        self._rung: dict[Channel, None] = {}
+        self._reading: dict[bytes, Channel] = {}  # what the hub waits for
+        self._wires: dict[str, Wire] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to listen."""
-        for loop in (self._listen, self._pump, self._sweep, self._refresh_presence):
+        for loop in (self._keep_bell, self._keep_hub, self._sweep, self._refresh_presence):
             self._tasks.append(asyncio.create_task(_restarting(loop), name=loop.__name__))
 
     async def close(self) -> None:
@@ -110,118 +90,199 @@ class Relay:
         await stop(*self._tasks)
         await self._bell.close()
 
+    async def deliver(self, session_id: str, viewer: Viewer) -> None:
+        """Have the session's events written to a client, from its place to the session's end.
+
+        Counts as watching while it runs.
+
+        Raises:
+            UnbrokenError: `events_expired`, where events behind the viewer are no longer kept.
+        """
+        with self._joined(session_id) as channel:
+            while not viewer.ended:
+                events = await self._next(channel, viewer.index, viewer.seen)
+                if events:
+                    await viewer.write(events)
+                elif events is not None and viewer.index == channel.last:
+                    await viewer.stay(channel.crowd(viewer.frames))
+                else:
+                    self._ring(channel)
+                    await viewer.wait_silently(OUTAGE_SECONDS)
+
     async def follow(
         self, session_id: str, after: int, idle_seconds: float
     ) -> AsyncIterator[list[Entry]]:
         """Yield the session's events above index `after`, in order, as they come, without end.
 
-        An empty list says that nothing came for `idle_seconds`. The caller stops at the terminal
-        event. Counts as watching while it is iterated.
+        An empty list says that nothing came for `idle_seconds`, or that Redis is away. The caller
+        stops at the terminal event. Counts as watching while it is iterated.
 
         Raises:
             UnbrokenError: `events_expired`, where events after `after` are no longer kept.
         """
-        channel = self._channels.setdefault(session_id, _Channel())
-        channel.followers += 1
-        try:
+        with self._joined(session_id) as channel:
             while True:
-                entries = channel.since(after)
-                if entries is None:
-                    try:
-                        entries = await self._catch_up(session_id, after, channel)
-                    except UNAVAILABLE:  # the client keeps waiting; Redis will be back
-                        await asyncio.sleep(OUTAGE_SECONDS)
-                        yield []
-                        continue
-                if entries:
-                    if entries[0].index != after + 1:
-                        raise _expired()
-                    after = entries[-1].index
-                    yield entries
-                elif channel.gone:
-                    raise _expired()
+                events = await self._next(channel, after, after)
+                if events:
+                    yield [Entry(index, data) for index, data in enumerate(events, after + 1)]
+                    after += len(events)
+                elif events is None:
+                    await asyncio.sleep(OUTAGE_SECONDS)
+                    yield []
                 elif not await channel.changed(idle_seconds):
                     yield []
+
+    @contextlib.contextmanager
+    def _joined(self, session_id: str) -> Iterator[Channel]:
+        name = session_id.encode()
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = Channel(session_id)
+        channel.followers += 1
+        try:
+            yield channel
         finally:
             channel.followers -= 1
-            if channel.followers == 0 and self._channels.get(session_id) is channel:
-                del self._channels[session_id]
+            if channel.followers == 0 and self._channels.get(name) is channel:
+                del self._channels[name]
 
-    async def _catch_up(self, session_id: str, after: int, channel: _Channel) -> list[Entry]:
-        """Read from Redis; at the log's end, let the hub go on from there."""
-        entries = await self._log.read(session_id, after)
-        if channel.last is None and len(entries) < PAGE:
-            channel.last = entries[-1].index if entries else after
-            self._ring(session_id)  # what was appended since the read
-        return entries
+    async def _next(self, channel: Channel, after: int, exists: int) -> list[bytes] | None:
+        """Return events above `after`, from memory or else from the log; empty at the log's end.
 
-    def _ring(self, *session_ids: str) -> None:
-        self._rung.update(session_ids)
-        self._wake.set()
-
-    async def _listen(self) -> None:
-        async with self._bell.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            await pubsub.subscribe(keys.EVENT_BELL)
-            async for message in pubsub.listen():
-                rung = [s for s in message["data"].decode().split(",") if s in self._channels]
-                if rung:
-                    self._ring(*rung)
-
-    async def _pump(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            rung, self._rung = self._rung, set()
+        None where there should be some, since there is one at index `exists`, or where Redis is
+        away: ask again later.
+        """
+        events = channel.since(after)
+        if events is None or (not events and after < exists):
             try:
-                await self._read(rung)
+                events = await self._catch_up(channel, after)
             except UNAVAILABLE:
-                self._rung |= rung
-                await asyncio.sleep(OUTAGE_SECONDS)
-                self._wake.set()
+                return None
+        if not events and channel.gone:
+            raise _expired()
+        return events if events or after >= exists else None
 
-    async def _read(self, session_ids: set[str]) -> None:
-        """Fetch the new events of these sessions, and hand them to their channels."""
-        positions: dict[str, int] = {}
-        for session_id in session_ids:
-            channel = self._channels.get(session_id)
-            if channel is not None and channel.last is not None:
-                positions[session_id] = channel.last
-        for session_id, entries in (await self._log.read_many(positions)).items():
-            channel = self._channels.get(session_id)
-            if channel is None or channel.last != positions[session_id]:
-                continue  # left, or begun anew, while we read
-            channel.missing = 0
-            channel.extend(entries)
-            if len(entries) == PAGE:
-                self._ring(session_id)
+    async def _catch_up(self, channel: Channel, after: int) -> list[bytes]:
+        """Read from the log; at its end, let the hub go on from there."""
+        entries = await self._log.read(channel.session_id, after, CATCH_UP)
+        if [entry.index for entry in entries] != list(range(after + 1, after + 1 + len(entries))):
+            raise _expired()
+        if channel.last is None and len(entries) < CATCH_UP:
+            channel.last = after + len(entries)
+            self._ring(channel)  # what was appended since the read
+        return [entry.data for entry in entries]
+
+    async def _keep_bell(self) -> None:
+        """Keep the subscription open."""
+        wire = self._wires["bell"] = await connect(self._bell.redis, self._on_bell)
+        try:
+            await wire.call("SUBSCRIBE", keys.EVENT_BELL)
+            await wire.closed
+        finally:
+            self._wires.pop("bell", None)
+            wire.abort()
+
+    async def _keep_hub(self) -> None:
+        """Keep the connection open on which the hub reads."""
+        wire = self._wires["hub"] = await connect(self._bell.redis, _ignore)
+        try:
+            self._ring(*self._channels.values())
+            await wire.closed
+        finally:
+            self._wires.pop("hub", None)
+            wire.abort()
+            self._ring(*self._reading.values())
+            self._reading = {}
+
+    def _on_bell(self, message: list[bytes]) -> None:
+        if message[0] == b"message":
+            known = self._channels.get
+            rung = [c for c in map(known, message[2].split(b",")) if c is not None]
+            if rung:
+                self._ring(*rung)
+
+    def _ring(self, *channels: Channel) -> None:
+        self._rung.update(dict.fromkeys(channels))
+        self._read()
+
+    def _read(self) -> None:
+        """Ask for the new events of the sessions that rang, unless an answer is under way."""
+        wire = self._wires.get("hub")
+        if wire is None or self._reading or not self._rung:
+            return
+        for channel in list(self._rung)[:HUB_SESSIONS]:
+            del self._rung[channel]
+            if channel.last is not None:
+                self._reading[channel.name] = channel
+        reading = self._reading.values()
+        if reading:
+            head = XREAD % (4 + 2 * len(reading), len(b"%d" % HUB_EVENTS), HUB_EVENTS)
+            names, places = ([c.name_word for c in reading], [c.place_word for c in reading])
+            wire.send(b"".join((head, *names, *places)), self._on_entries)
+
+    def _on_entries(self, reply: list[tuple[bytes, list[Item]]] | Exception | None) -> None:
+        """Hand out what the hub has read, and read on."""
+        reading, self._reading = self._reading, {}
+        if isinstance(reply, Exception):
+            log.warning("redis refuses to read", extra={"error": str(reply)})
+            return  # until the next ring, or the next sweep
+        writes: Writes = []
+        for name, items in reply or ():
+            channel = reading[name[len(keys.EVENTS) :]]
+            channel.extend(items, writes)
+            if len(items) == HUB_EVENTS:
+                self._rung[channel] = None
+        now = time.monotonic()
+        for viewer, data in writes:
+            viewer.push(data, now)
+        self._read()
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            sessions = list(self._channels)
             with contextlib.suppress(*UNAVAILABLE):
-                async with self._store.redis.pipeline(transaction=False) as pipe:
-                    for session_id in sessions:
-                        pipe.exists(keys.session(session_id))
-                    found = await pipe.execute()
-                self._mark_missing(sessions, found)
-            self._ring(*self._channels)
+                for channels in _parts(self._channels):
+                    self._mark_missing(channels, await self._which_exist(channels))
+            self._ring(*self._channels.values())
+            for name, wire in self._wires.items():
+                wire.send(PING, _ignore if name == "hub" else None)
+                if time.monotonic() - wire.heard > SILENCE_SECONDS:
+                    wire.abort()
 
-    def _mark_missing(self, sessions: list[str], found: list[int]) -> None:
-        for session_id, exists in zip(sessions, found, strict=True):
-            channel = self._channels.get(session_id)
-            if channel is None:
-                continue
+    async def _which_exist(self, channels: Sequence[Channel]) -> list[int]:
+        names = [keys.session(channel.session_id) for channel in channels]
+        if await self._store.redis.exists(*names) == len(names):
+            return [1] * len(names)
+        async with self._store.redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.exists(name)
+            found: list[int] = await pipe.execute()
+        return found
+
+    def _mark_missing(self, channels: Sequence[Channel], found: list[int]) -> None:
+        for channel, exists in zip(channels, found, strict=True):
             channel.missing = 0 if exists else channel.missing + 1
             if channel.missing >= VANISHED_SWEEPS:
                 channel.gone = True
-                channel.notify()
+                channel.wake_all()
 
     async def _refresh_presence(self) -> None:
         while True:
             with contextlib.suppress(*UNAVAILABLE):
-                await self._presence.watching(list(self._channels))
+                for channels in _parts(self._channels):
+                    await self._presence.watching([channel.session_id for channel in channels])
             await asyncio.sleep(REFRESH_SECONDS)
+
+
+def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
+    """Yield the channels in parts between which other work gets its turn."""
+    everyone = list(channels.values())
+    for i in range(0, len(everyone), CARE_SESSIONS):
+        yield everyone[i : i + CARE_SESSIONS]
+
+
+def _ignore(_reply: object) -> None:
+    pass
 
 
 def _expired() -> UnbrokenError:

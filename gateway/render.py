@@ -7,6 +7,7 @@ for the same event at any time.
 from __future__ import annotations
 
 import json
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,10 +16,13 @@ from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, Started, Usage
 
 if TYPE_CHECKING:
-    from shared.protocol import Event
+    from shared.protocol import Channel, Event
     from shared.session_log import SessionRecord
 
 _encode = msgspec.json.Encoder().encode
+
+_MARK = secrets.token_hex(16)
+"""Stands for a delta's text where the chunk around it is wanted."""
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -57,6 +61,20 @@ class ChunkRenderer:
         self._head = json.dumps(head, separators=(",", ":")).encode()[:-1]
         self._tail = b',"usage":null}' if include_usage else b"}"
         self._choices = record.choices
+        self.include_usage = include_usage
+
+    @property
+    def identity(self) -> tuple[bytes, bytes]:
+        """Equal for renderers that give the same bytes for the same event."""
+        return self._head, self._tail
+
+    def around_text(self, choice: int, channel: Channel) -> list[bytes]:
+        """Return what surrounds the text in a delta's chunk.
+
+        The parts joined by the text, JSON-encoded with its quotes, are the chunk: a channel may
+        bear its text more than once.
+        """
+        return self.chunk(Delta(choice, (), _MARK, channel)).split(_encode(_MARK))
 
     def chunk(self, event: Event) -> bytes:
         """Return an event's data: a chunk, or the error object of a failure."""

@@ -1,4 +1,4 @@
-"""Sessions beside their chat: cancel one, look at one."""
+"""Sessions beside their chat: look at one, fetch its completion, follow it, cancel it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
 
-from gateway.chat import NOT_FOUND, owned_record
-from gateway.render import usage_json
+from gateway import sse
+from gateway.chat import _collect, _stream, check_place, cursor_of, owned_record
+from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
+from shared.protocol import Failed, Finished, decode_event
+from shared.store import UNAVAILABLE
 
 if TYPE_CHECKING:
+    from gateway.sse import Cursor
     from gateway.state import Services
+    from shared.session_log import SessionRecord
 
 log = logging.getLogger("unbroken.sessions")
 router = APIRouter()
+
+COME_BACK = b": the store is unavailable for now\nretry: 2000\n"
+"""For an EventSource, which gives up for ever on any status but 200: it comes back."""
 
 
 @router.post("/v1/cancel/{session_id}")
@@ -23,9 +32,12 @@ async def cancel(session_id: str, request: Request) -> dict[str, str]:
     """Cancel a session, queued or running, from any gateway; repeating it changes nothing."""
     services: Services = request.app.state.services
     owner = services.auth.owner(request)
-    status = await services.queue.cancel(session_id, owner, "requested")
+    status: str = "missing"
+    if sse.SESSION_ID.fullmatch(session_id):
+        status = await services.queue.cancel(session_id, owner, "requested")
     if status == "missing":
-        raise UnbrokenError("session_not_found", NOT_FOUND, "session_id")
+        archived = await owned_record(services, session_id, owner)
+        status = archived.status
     log.info("cancel requested", extra={"session": session_id, "status": status})
     return {"session_id": session_id, "status": status}
 
@@ -47,4 +59,61 @@ async def session(session_id: str, request: Request) -> dict[str, Any]:
         "last_index": record.last,
         "queue_position": await services.queue.position(session_id) if waits else None,
         "usage": usage_json(record.usage) if record.usage else None,
+        **await _how_it_ended(services, session_id, record),
     }
+
+
+async def _how_it_ended(
+    services: Services, session_id: str, record: SessionRecord
+) -> dict[str, Any]:
+    """Return why a session was cancelled, and how it failed, as its last event says."""
+    reason = error = None
+    if record.status in ("cancelled", "failed"):
+        for entry in await services.log.read(session_id, record.last - 1, count=1):
+            event = decode_event(entry.data)
+            if isinstance(event, Finished):
+                reason = event.cancelled
+            elif isinstance(event, Failed):
+                error = failure(event).body()["error"]
+    return {"cancel_reason": reason, "error": error}
+
+
+@router.get("/v1/chat/completions/{session_id}")
+async def retrieve(session_id: str, request: Request) -> Response:
+    """Return a session's whole completion once it ended, or the error it failed with."""
+    services: Services = request.app.state.services
+    record = await owned_record(services, session_id, services.auth.owner(request))
+    if not record.has_ended:
+        raise UnbrokenError("in_progress", f"The session is {record.status}.", "session_id")
+    answer = await _collect(services, session_id, record)
+    return JSONResponse(answer, headers={"x-session-id": session_id})
+
+
+@router.get("/v1/sessions/{session_id}/events")
+async def events(session_id: str, request: Request) -> Response:
+    """Stream a session to an `EventSource`: from its start, or from behind the last event seen.
+
+    204, which ends its reconnecting, once it has seen the last event.
+    """
+    services: Services = request.app.state.services
+    owner = services.auth.owner(request)
+    cursor = cursor_of(request)
+    if cursor and cursor.session_id != session_id:
+        raise UnbrokenError("invalid_value", "Last-Event-ID is another session's.", "Last-Event-ID")
+    try:
+        return await _events(services, owner, session_id, cursor)
+    except UNAVAILABLE:
+        if request.headers.get("accept") != "text/event-stream":
+            raise
+        return Response(COME_BACK, headers=sse.HEADERS)
+
+
+async def _events(
+    services: Services, owner: str, session_id: str, cursor: Cursor | None
+) -> Response:
+    record = await owned_record(services, session_id, owner)
+    after = cursor.index if cursor else -1
+    if record.has_ended and after == record.last:
+        return Response(status_code=204, headers={"x-session-id": session_id})
+    await check_place(services, session_id, record, after)
+    return _stream(services, session_id, record, after=after, include_usage=record.include_usage)

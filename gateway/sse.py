@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 from starlette.responses import Response
 
+from gateway.connection import SERVER_SEND, Connection
 from shared.errors import UnbrokenError
+from shared.protocol import Delta, Finished, Terminal, decode_event
+from shared.tasks import AGAIN_SECONDS, stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import Sequence
 
     from starlette.types import Receive, Scope, Send
+
+    from gateway.render import ChunkRenderer
+
+log = logging.getLogger("unbroken.sse")
 
 T = TypeVar("T")
 
@@ -68,6 +79,80 @@ def bare_frame(data: bytes) -> bytes:
     return b"data: %s\n\n" % data
 
 
+class Frames:
+    """Renders the entries of one session's log as frames, without decoding those of plain deltas.
+
+    A delta's text lies in the log as JSON already, and goes into the frame as it is. All followers
+    whose `identity` is equal can share one.
+
+    Args:
+        session_id: stands in the ids.
+        renderer: makes the data.
+    """
+
+    __slots__ = ("_around", "_id", "_renderer", "_session_id", "identity")
+
+    def __init__(self, session_id: str, renderer: ChunkRenderer) -> None:
+        self.identity = renderer.identity
+        self._session_id, self._renderer = session_id, renderer
+        self._id = b"id: %s:" % session_id.encode()
+        self._around: dict[tuple[bytes, bytes], list[bytes]] = {}
+
+    def render(self, first: int, events: Sequence[bytes], seen: int = -1) -> tuple[bytes, bool]:
+        """Return the frames of the events from index `first` on, and whether the session ends.
+
+        Those up to index `seen` get no frames. The end brings what follows it: usage, where it was
+        asked for, and `[DONE]`.
+
+        Raises:
+            msgspec.ValidationError: an event is not of this version.
+        """
+        out: list[bytes] = []
+        for index, data in enumerate(events, first):
+            if data.startswith(b'["d",') and index:
+                if index > seen:
+                    self._add_delta(out, index, data)
+                continue
+            event = decode_event(data)
+            if index > seen:
+                out.append(frame(self._session_id, index, self._renderer.chunk(event)))
+            if isinstance(event, Terminal):
+                if self._renderer.include_usage and isinstance(event, Finished):
+                    out.append(bare_frame(self._renderer.usage_chunk(event.usage)))
+                out.append(DONE)
+                return b"".join(out), True
+        return b"".join(out), False
+
+    def _add_delta(self, out: list[bytes], index: int, data: bytes) -> None:
+        """Add a delta's frame: `["d",<choice>,[<ids>],"<text>","<channel>"]`, cut and pasted."""
+        ids = data.find(b",[", 5)
+        end = data.rfind(b',"')
+        around = self._around.get((data[5:ids], data[end:]))
+        if around is None:
+            around = self._learn(data, data[5:ids], data[end:])
+            if around is None:
+                chunk = self._renderer.chunk(decode_event(data))
+                out.append(frame(self._session_id, index, chunk))
+                return
+        text = data[data.find(b"],", ids) + 2 : end]
+        out += (self._id, b"%d" % index, text.join(around))
+
+    def _learn(self, data: bytes, choice: bytes, channel: bytes) -> list[bytes] | None:
+        """Learn what surrounds the text of such deltas; None if they have more than is known."""
+        delta = decode_event(data)
+        if not isinstance(delta, Delta) or channel != b',"%s"]' % delta.channel.encode():
+            return None
+        first, *middle, last = self._renderer.around_text(delta.choice, delta.channel)
+        around = [b"\ndata: " + first, *middle, last + b"\n\n"]
+        self._around[choice, channel] = around
+        return around
+
+
+def error_frames(error: UnbrokenError) -> bytes:
+    """Return how a stream ends that cannot go on: an error without an id, and `[DONE]`."""
+    return bare_frame(msgspec.json.encode(error.body())) + DONE
+
+
 class Disconnected(Exception):  # noqa: N818 - a signal, not a fault
     """The client left before its answer was complete."""
 
@@ -91,37 +176,75 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
             return task.result()
         raise Disconnected
     finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await stop(task, gone)
+
+
+class _Work:
+    """What the current task does until `end`: it can be cancelled by others."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+
+    def cancel(self, *_done: object) -> None:
+        """Cancel it, again and again: see `shared.tasks.stop`."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task.get_loop().call_later(AGAIN_SECONDS, self.cancel)
+
+    def forget_cancels(self) -> None:
+        """Make the task fit for further work."""
+        while self._task is not None and sys.version_info >= (3, 11) and self._task.uncancel():
+            pass
+
+    def end(self) -> None:
+        """Let the task be."""
+        self._task = None
+
+
+Source = Callable[[Connection], Awaitable[None]]
+"""Writes a whole stream's frames to a connection; cancelled when the client leaves."""
 
 
 class EventStreamResponse(Response):
-    """Sends frames as they come, and stops producing them when the client leaves.
+    """A stream of events; whatever goes wrong in it becomes its last event.
 
     Args:
-        frames: the frames, in order; closed when the stream ends, for whatever reason.
+        source: writes the frames, up to `[DONE]`.
         headers: more response headers.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, source: Source, headers: dict[str, str]) -> None:
         super().__init__(status_code=200, headers={**HEADERS, **headers})
         del self.headers["content-length"]  # the length is not known
-        self._frames = frames
+        self._source = source
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response (ASGI)."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        # As `while_connected` does, with a task less for each of thousands of streams.
+        work = _Work()
+        gone = asyncio.ensure_future(_until_disconnect(receive))
+        gone.add_done_callback(work.cancel)
         try:
-            await while_connected(receive, self._pump(send))
-        except Disconnected:
-            pass
+            await self._run(Connection(scope.get(SERVER_SEND, send)))
+        except asyncio.CancelledError:
+            if not gone.done():
+                raise
+            work.forget_cancels()
+            return
         finally:
-            if close := getattr(self._frames, "aclose", None):
-                await close()
-
-    async def _pump(self, send: Send) -> None:
-        async for data in self._frames:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            work.end()
+            gone.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await self._source(connection)
+        except UnbrokenError as error:  # too late for a status
+            await connection.write(error_frames(error))
+        except Exception:
+            log.exception("a stream failed")
+            unknown = UnbrokenError("internal_error", "The server failed unexpectedly.")
+            await connection.write(error_frames(unknown))

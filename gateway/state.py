@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gateway.admission import ReadyModels
     from gateway.auth import Authenticator
+    from gateway.history import History
     from gateway.relay import Relay
+    from gateway.upkeep import Upkeep
+    from shared.presence import Presence
     from shared.queue import SessionQueue
-    from shared.session_log import SessionLog
     from shared.settings import GatewaySettings
     from shared.store import Store
 
@@ -22,7 +24,9 @@ class Services:
     settings: GatewaySettings
     store: Store
     auth: Authenticator
-    log: SessionLog
+    log: History
+    presence: Presence
     queue: SessionQueue
     relay: Relay
     models: ReadyModels
+    upkeep: Upkeep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arq.constants import job_key_prefix
+from arq.constants import job_key_prefix, retry_key_prefix
 
 SESSION = "unbroken:session:"
 EVENTS = "unbroken:events:"
@@ -11,10 +11,13 @@ WATCH = "unbroken:watch:"
 CANCEL = "unbroken:cancel:"
 WORKER = "unbroken:worker:"
 JOB = job_key_prefix
+RETRY = retry_key_prefix
 
 QUEUE = "unbroken:queue"
 LEASES = "unbroken:leases"
 WORKERS = "unbroken:workers"
+OUTBOX = "unbroken:outbox"
+SWEEP = "unbroken:sweep"
 WORK_BELL = "unbroken:bell:work"
 EVENT_BELL = "unbroken:bell:events"
 

@@ -6,6 +6,8 @@ could leave wrong.
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from shared import keys
@@ -14,14 +16,54 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from shared.protocol import CancelReason
+    from shared.queue import SessionQueue
     from shared.store import Store
+
+log = logging.getLogger("unbroken.presence")
 
 REFRESH_SECONDS = 1.0
 """How often a gateway says again which sessions its clients watch."""
 
+MARGIN_MS = 1200
+"""How much longer than asked a watch key lives: one refresh, and the delay of one."""
+
+SWEEP_SECONDS = 0.25
+SWEEP_SESSIONS = 1000
+"""Waiting sessions looked at in one sweep; a longer queue takes more sweeps."""
+
+GAP_SECONDS = 0.7
+"""A silence of Redis beyond this may have kept gateways from saying who watches."""
+
+CONTACT_SECONDS = 3.0
+"""How long Redis must have answered without such a gap before a missing key means absence."""
+
+
+def watch_ttl_ms(watch_ms: int) -> int:
+    """Return a watch key's life for sessions that go on unwatched for `watch_ms`; 0: no keys."""
+    return watch_ms + MARGIN_MS if watch_ms else 0
+
+
+class _Contact:
+    """For how long Redis has answered this process without a gap.
+
+    Watch keys also expire while Redis is away, or cannot be reached; when it is back, gateways need
+    a moment to write them again.
+    """
+
+    def __init__(self) -> None:
+        self._since = self._last = float("-inf")
+
+    def heard(self) -> bool:
+        """Note an answer; tells whether what is missing from it is really missing."""
+        now = time.monotonic()
+        if now - self._last > GAP_SECONDS:
+            self._since = now
+        self._last = now
+        return now - self._since >= CONTACT_SECONDS
+
 
 class Signals(NamedTuple):
-    """What a worker learns of one session: a cancel request, and whether somebody watches."""
+    """What a worker learns of one session: a cancel request, and whether it may be watched."""
 
     cancel: CancelReason | None
     watched: bool
@@ -32,19 +74,20 @@ class Presence:
 
     Args:
         store: the Redis client.
-        watch_ms: how long a session counts as watched after the last sign of a watcher; 0 for ever.
+        watch_ms: how long a session goes on after the last sign of a watcher; 0 for ever.
     """
 
     def __init__(self, store: Store, *, watch_ms: int) -> None:
-        self._redis, self._watch_ms = store.redis, watch_ms
+        self._redis, self._ttl_ms = store.redis, watch_ttl_ms(watch_ms)
+        self._contact = _Contact()
 
     async def watching(self, session_ids: Collection[str]) -> None:
         """Say that clients watch these sessions now. An ended session's key merely expires."""
-        if not session_ids or not self._watch_ms:
+        if not session_ids or not self._ttl_ms:
             return
         async with self._redis.pipeline(transaction=False) as pipe:
             for session_id in session_ids:
-                pipe.set(keys.watch(session_id), "1", px=self._watch_ms)
+                pipe.set(keys.watch(session_id), "1", px=self._ttl_ms)
             await pipe.execute()
 
     async def signals(self, session_ids: Sequence[str]) -> dict[str, Signals]:
@@ -53,13 +96,49 @@ class Presence:
             return {}
         names = [keys.cancel(s) for s in session_ids] + [keys.watch(s) for s in session_ids]
         values = await self._redis.mget(names)
+        in_doubt = not self._contact.heard() or not self._ttl_ms
         half = len(session_ids)
         return {
             session_id: Signals(
                 cast("CancelReason", cancel.decode()) if cancel else None,
-                watched is not None or not self._watch_ms,
+                watched is not None or in_doubt,
             )
             for session_id, cancel, watched in zip(
                 session_ids, values[:half], values[half:], strict=True
             )
         }
+
+    async def unwatched(self, session_ids: Sequence[str]) -> list[str]:
+        """Return those of the sessions that nobody watches, as far as that can be known now."""
+        values = await self._redis.mget([keys.watch(s) for s in session_ids]) if session_ids else []
+        return [s for s, value in zip(session_ids, values, strict=True) if value is None]
+
+    async def may_sweep(self) -> bool:
+        """Tell whether it is this process's turn to look for unwatched sessions that wait."""
+        if not self._ttl_ms:
+            return False
+        px = int(SWEEP_SECONDS * 800)
+        ours = await self._redis.set(keys.SWEEP, "1", nx=True, px=px)
+        return self._contact.heard() and bool(ours)
+
+
+class Sweeper:
+    """Cancels sessions that nobody watches while they still wait for a worker.
+
+    Every gateway and worker has one, so that it does not matter who lives; one sweeps at a time.
+    """
+
+    def __init__(self, store: Store, queue: SessionQueue, presence: Presence) -> None:
+        self._redis, self._queue, self._presence = store.redis, queue, presence
+        self._first = 0
+
+    async def sweep(self) -> None:
+        """Look at the next part of the queue; to be repeated every `SWEEP_SECONDS`."""
+        if not await self._presence.may_sweep():
+            return
+        last = self._first + SWEEP_SESSIONS - 1
+        found = [s.decode() for s in await self._redis.zrange(keys.QUEUE, self._first, last)]
+        self._first = last + 1 if len(found) == SWEEP_SESSIONS else 0
+        for session_id in await self._presence.unwatched(found):
+            if await self._queue.abandon(session_id):
+                log.info("cancel", extra={"session": session_id, "reason": "abandoned"})

@@ -9,6 +9,7 @@ import msgspec
 from arq.jobs import serialize_job
 
 from shared import keys
+from shared.presence import watch_ttl_ms
 from shared.protocol import Finished, Started, Usage, encode_event, encode_request
 
 if TYPE_CHECKING:
@@ -61,16 +62,20 @@ class SessionQueue:
         store: the Redis client with the scripts.
         kept_seconds: how long an ended session stays in Redis.
         watch_ms: how long a session goes on with nobody watching; 0 for ever.
+        archived: sessions that end here are put into the outbox, for an archive to keep.
     """
 
-    def __init__(self, store: Store, *, kept_seconds: int, watch_ms: int) -> None:
-        self._store, self._kept, self._watch_ms = store, kept_seconds, watch_ms
+    def __init__(
+        self, store: Store, *, kept_seconds: int, watch_ms: int, archived: bool = False
+    ) -> None:
+        self._store, self._kept, self._archived = store, kept_seconds, archived
+        self._watch_ttl_ms = watch_ttl_ms(watch_ms)
 
     async def submit(self, new: Submission, max_queue: int) -> tuple[Outcome, int]:
         """Queue a session, or attach to the one that has its id.
 
         Returns the outcome and the session's creation time (Unix seconds; 0 where there is none).
-        Safe to repeat: the second call attaches.
+        Safe to repeat: the second call attaches. With `max_queue` 0 it attaches, or answers `full`.
         """
         sid, choices = new.session_id, new.request.sampling.n
         job = serialize_job(
@@ -79,7 +84,7 @@ class SessionQueue:
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
         names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
         args: list[Any] = [sid, new.owner, new.digest, new.model, new.fingerprint, choices]
-        args += [max_queue, keys.LIVE_TTL, self._watch_ms, int(new.include_usage)]
+        args += [max_queue, keys.LIVE_TTL, self._watch_ttl_ms, int(new.include_usage)]
         args += [encode_request(new.request), job, encode_event(Started(choices))]
         outcome, created = await self._store.run("submit", names, args)
         return outcome.decode(), int(created)
@@ -123,13 +128,22 @@ class SessionQueue:
         Returns `missing` for an unknown session or another's, `cancelling` for a running one, else
         the status it ended with.
         """
+        return await self._cancel(session_id, owner, reason)  # type: ignore[return-value]
+
+    async def abandon(self, session_id: str) -> bool:
+        """Cancel a session as abandoned, unless somebody watches it; tells whether it took that."""
+        return await self._cancel(session_id, "", "abandoned") in ("cancelled", "cancelling")
+
+    async def _cancel(self, session_id: str, owner: str, reason: CancelReason) -> str:
         terminal = encode_event(Finished((), Usage(), reason))
         names = [keys.session(session_id), keys.events(session_id), keys.request(session_id)]
         names += [keys.job(session_id), keys.watch(session_id), keys.cancel(session_id), keys.QUEUE]
+        names += [keys.OUTBOX, keys.LEASES]
         args: list[Any] = [session_id, owner, keys.EVENT_BELL, reason, keys.LIVE_TTL, self._kept]
-        args += [terminal, msgspec.json.encode(Usage())]
+        args += [terminal, msgspec.json.encode(Usage()), int(self._archived)]
+        args.append(int(reason == "abandoned"))
         reply: bytes = await self._store.run("cancel", names, args)
-        return reply.decode()  # type: ignore[return-value]
+        return reply.decode()
 
     async def wait_for_work(self, seconds: float) -> None:
         """Return when the work bell rings or after `seconds`. Needs a connection of its own."""

@@ -72,10 +72,15 @@ def _parse_record(raw: dict[bytes, bytes]) -> SessionRecord:
 
 
 class SessionLog:
-    """Reads and writes the logs of all sessions through one Redis client."""
+    """Reads and writes the logs of all sessions through one Redis client.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    Args:
+        store: the Redis client with the scripts.
+        archived: sessions that end here are put into the outbox, for an archive to keep.
+    """
+
+    def __init__(self, store: Store, *, archived: bool = False) -> None:
+        self._store, self._archived = store, archived
 
     async def record(self, session_id: str) -> SessionRecord | None:
         """Return the session's record, or None where it is unknown or expired."""
@@ -123,9 +128,10 @@ class SessionLog:
         """
         sid = last.session_id
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
-        names += [keys.watch(sid), keys.cancel(sid), keys.LEASES]
+        names += [keys.watch(sid), keys.cancel(sid), keys.LEASES, keys.OUTBOX]
         args: list[str | bytes | int] = [sid, last.lease, keys.EVENT_BELL, status, kept_seconds]
-        args += [last.first, msgspec.json.encode(usage), *last.events, encode_event(terminal)]
+        args += [last.first, msgspec.json.encode(usage), int(self._archived)]
+        args += [*last.events, encode_event(terminal)]
         return bool(await self._store.run("finish", names, args) == 1)
 
 

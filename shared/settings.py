@@ -20,6 +20,7 @@ class SharedSettings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     sessions_ttl_seconds: int = Field(default=3600, ge=1)
     cancel_after_disconnect_seconds: float = Field(default=3600, ge=0)
+    persist_sessions: Flag = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
@@ -35,6 +36,8 @@ class GatewaySettings(SharedSettings):
     strict_model: Flag = False
     api_keys: str = Field(default="", repr=False)
     keepalive_seconds: float = Field(default=15, gt=0)
+    sessions_db_path: str = "data/sessions.db"
+    archive_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=1)
 
 
 class WorkerSettings(SharedSettings):

@@ -17,6 +17,7 @@ from arq.worker import Worker, func
 
 from shared import keys
 from shared.errors import UnbrokenError
+from shared.presence import SWEEP_SECONDS, Sweeper
 from shared.queue import (
     JOB_FUNCTION,
     LEASE_MS,
@@ -25,16 +26,16 @@ from shared.queue import (
     job_deserializer,
     job_serializer,
 )
-from shared.store import UNAVAILABLE
+from shared.store import FAILED
 from shared.tasks import stop
-from worker.job import EngineGone, LeaseLost, SessionJob
+from worker.job import EngineGone, LeaseLost, OtherModel, SessionJob
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from arq.typing import WorkerCoroutine
 
-    from shared.presence import Presence, Signals
+    from shared.presence import Presence
     from shared.queue import SessionQueue
     from shared.store import Store
     from worker.job import Parts
@@ -44,12 +45,14 @@ log = logging.getLogger("unbroken.consumer")
 IDLE_SECONDS = 1.0
 """Longest sleep of an idle worker: it looks for sessions whose worker died."""
 
-SIGNAL_SECONDS = 0.05
-"""How often the cancel flags of the running sessions are read."""
+OTHERS_SECONDS = 0.1
+"""Pause before a session that is for another worker's model goes back to the queue."""
 
-ABSENCE_SECONDS = 1.2
-"""How long the watch key must be missing before a session counts as abandoned: a gateway that could
-not reach Redis gets this long to say again who watches."""
+PAUSE_SECONDS = 0.5
+"""Pause after Redis failed."""
+
+SIGNAL_SECONDS = 0.025
+"""How often the cancel flags of the running sessions are read."""
 
 
 class LeasedWorker(Worker):
@@ -99,7 +102,7 @@ class LeasedWorker(Worker):
         self._presence, self._parts = presence, parts
         self._leases: dict[str, str] = {}
         self._jobs: dict[str, SessionJob] = {}
-        self._absent_since: dict[str, float] = {}
+        self._sweeper = Sweeper(store, queue, presence)
         self._renewed = time.monotonic()
         self._freed = asyncio.Event()
         self.can_claim = asyncio.Event()
@@ -115,6 +118,7 @@ class LeasedWorker(Worker):
         loops = [
             asyncio.create_task(_forever(RENEW_SECONDS, self._renew), name="renew"),
             asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals), name="signals"),
+            asyncio.create_task(_forever(SWEEP_SECONDS, self._sweeper.sweep), name="sweep"),
         ]
         try:
             while True:
@@ -154,7 +158,11 @@ class LeasedWorker(Worker):
     async def _run_after(self, before: asyncio.Task[Any] | None, claimed: Claimed) -> None:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
-        await self.run_job(claimed.session_id, 0)
+        try:
+            await self.run_job(claimed.session_id, 0)
+        except FAILED:  # before the session began: it is not to blame
+            await asyncio.sleep(PAUSE_SECONDS)
+            await self._give_back(claimed, blameless=True)
 
     def _ended(self, claimed: Claimed, task: asyncio.Task[Any]) -> None:
         sid = claimed.session_id
@@ -162,7 +170,6 @@ class LeasedWorker(Worker):
             del self.tasks[sid]
         if self._leases.get(sid) == claimed.lease:
             del self._leases[sid]
-            self._absent_since.pop(sid, None)
         self._freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session job broke", extra={"session": sid, "error": type(error).__name__})
@@ -175,11 +182,18 @@ class LeasedWorker(Worker):
             await job.run()
         except LeaseLost:
             log.info("session dropped", extra={"session": session_id})
+        except OtherModel:
+            await asyncio.sleep(OTHERS_SECONDS)  # let the right worker take it
+            await self._give_back(claimed, blameless=True)
         except EngineGone:
             await self._give_back(claimed, blameless=False)
         except asyncio.CancelledError:
             await self._give_back(claimed, blameless=True)
             raise
+        except FAILED as error:
+            log.warning("redis failed a job", extra={"error": type(error).__name__})
+            await asyncio.sleep(PAUSE_SECONDS)
+            await self._give_back(claimed, blameless=True)
         except Exception:
             log.exception("session job failed", extra={"session": session_id})
             await self._give_back(claimed, blameless=False)
@@ -191,11 +205,13 @@ class LeasedWorker(Worker):
         try:
             if await self._queue.release(claimed, blameless=blameless):
                 log.info("session given back", extra={"session": claimed.session_id})
-        except UNAVAILABLE:  # its lease runs out by itself
+        except FAILED:  # its lease runs out by itself
             log.warning("could not give back", extra={"session": claimed.session_id})
 
     async def finish_job(self, job_id: str, *_args: Any, **_kwargs: Any) -> None:
-        """Leave the queue alone: `finish.lua` or `release.lua` has settled the session."""
+        """Remove arq's retry counter; `finish.lua` or `release.lua` has settled the session."""
+        with contextlib.suppress(*FAILED):  # it expires by itself
+            await self.pool.delete(keys.RETRY + job_id)
 
     async def finish_failed_job(self, job_id: str, _result_data: bytes | None) -> None:
         """End a session as failed whose arq job is missing or unreadable."""
@@ -216,15 +232,8 @@ class LeasedWorker(Worker):
         for sid, signals in (await self._presence.signals(list(jobs))).items():
             if signals.cancel:
                 jobs[sid].cancel(signals.cancel)
-            elif self._abandoned(sid, signals):
+            elif not signals.watched:
                 jobs[sid].cancel("abandoned")
-
-    def _abandoned(self, sid: str, signals: Signals) -> bool:
-        if signals.watched:
-            self._absent_since.pop(sid, None)
-            return False
-        since = self._absent_since.setdefault(sid, time.monotonic())
-        return time.monotonic() - since > ABSENCE_SECONDS
 
     async def drain(self, grace_seconds: float) -> None:
         """Claim no more; wait for the running sessions, then give the rest back to the queue."""
@@ -245,12 +254,12 @@ class LeasedWorker(Worker):
 
 
 async def _through_outages(step: Callable[[], Awaitable[None]]) -> None:
-    """Run a step; while Redis is away, say so and wait a moment instead."""
+    """Run a step; while Redis is away or refuses, say so and wait a moment instead."""
     try:
         await step()
-    except UNAVAILABLE as error:
-        log.warning("redis unavailable", extra={"error": type(error).__name__})
-        await asyncio.sleep(0.2)
+    except FAILED as error:
+        log.warning("redis failed", extra={"error": type(error).__name__, "why": str(error)[:80]})
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def _forever(seconds: float, step: Callable[[], Awaitable[None]]) -> None:

@@ -15,7 +15,8 @@ from worker.publisher import Ending
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shared.protocol import CancelReason, FinishReason, GenerationRequest
+    from shared.fleet import Fleet
+    from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
     from shared.queue import Claimed, SessionQueue
     from shared.session_log import Entry, SessionLog
     from worker.engine.messages import Output, Prompt
@@ -36,6 +37,10 @@ class EngineGone(Exception):  # noqa: N818 - see LeaseLost
     """The engine died under the session: it goes back to the queue."""
 
 
+class OtherModel(Exception):  # noqa: N818 - see LeaseLost
+    """Another worker serves the session's model: it goes back to the queue."""
+
+
 class SessionJob:
     """One run of a session on this worker.
 
@@ -50,13 +55,15 @@ class SessionJob:
         self._interrupted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._handles: dict[int, int] = {}  # engine handle -> choice
         self._last: dict[int, Output] = {}  # choice -> its last output
+        self._counts: dict[int, tuple[int, int]] = {}  # choice -> tokens, reasoning tokens so far
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer: SessionWriter | None = None
         self._prompt_tokens = 0
 
     def cancel(self, reason: CancelReason) -> None:
         """End the session at its next step, or now where it is not in the engine yet."""
-        if self._reason is None:
+        ends = self._writer is not None and self._writer.ending is not None
+        if self._reason is None and not ends:
             self._reason = reason
             log.info("cancel", extra={"session": self.claimed.session_id, "reason": reason})
             for handle in self._handles:
@@ -77,12 +84,14 @@ class SessionJob:
         Raises:
             LeaseLost: another worker has the session, or it is gone.
             EngineGone: the engine died; the session can be tried again.
+            OtherModel: the session is for another worker's model.
         """
         sid = self.claimed.session_id
         record = await self._parts.log.record(sid)
         raw = await self._parts.queue.request(sid)
         if record is None:
             raise LeaseLost
+        await self._check_model(record.model)
         self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
         extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}
         log.info("stream start", extra=extra)
@@ -96,6 +105,17 @@ class SessionJob:
             self._drop_handles()
             writer.close()
 
+    async def _check_model(self, model: str) -> None:
+        """Leave a session to the workers of its model; without any it fails, unless it is ours."""
+        ours = self._parts.engine.state.ready
+        if ours is None or ours.model == model:
+            return
+        if any(w.model == model and w.state == "ready" for w in await self._parts.fleet.live()):
+            raise OtherModel
+        gone = UnbrokenError("model_not_found", "No worker serves this session's model any more.")
+        await self.fail(gone)
+        raise LeaseLost
+
     async def fail(self, error: UnbrokenError) -> None:
         """End the session as failed without running it."""
         record = await self._parts.log.record(self.claimed.session_id)
@@ -107,7 +127,12 @@ class SessionJob:
     async def _generate(self, raw: bytes | None, attempts: int) -> Ending:
         try:
             request = _admissible(raw, attempts)
-            generated = replay(await self._read_log(), request.sampling.n)
+            entries = await self._read_log()
+            generated = replay(entries, request.sampling.n)
+            thoughts = replay(entries, request.sampling.n, "reasoning")
+            self._counts = {
+                choice: (len(ids), len(thoughts[choice])) for choice, ids in enumerate(generated)
+            }
             prompt = await self._prepare(request)
             if prompt is None:
                 return self._ending(request.sampling.n)
@@ -167,6 +192,7 @@ class SessionJob:
         if output.error:
             self._done.set_exception(UnbrokenError(*output.error))
             return
+        self._counts[choice] = output.completion_tokens, output.reasoning_tokens
         assert self._writer is not None  # noqa: S101 - run() opened it before the engine
         for piece in output.pieces:
             self._writer.write(Delta(choice, piece.ids, piece.text, piece.channel))
@@ -186,11 +212,11 @@ class SessionJob:
         return Ending(event, "cancelled" if cancelled else "finished", event.usage)
 
     def _usage(self) -> Usage:
-        outputs = self._last.values()
+        counts = self._counts.values()
         return Usage(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=sum(o.completion_tokens for o in outputs),
-            reasoning_tokens=sum(o.reasoning_tokens for o in outputs),
+            completion_tokens=sum(tokens for tokens, _ in counts),
+            reasoning_tokens=sum(thoughts for _, thoughts in counts),
         )
 
     def _drop_handles(self) -> None:
@@ -211,9 +237,10 @@ class Parts:
         publisher: Publisher,
         prompts: PromptBuilder,
         engine: EngineClient,
+        fleet: Fleet,
     ) -> None:
         self.log, self.queue, self.publisher = log, queue, publisher
-        self.prompts, self.engine = prompts, engine
+        self.prompts, self.engine, self.fleet = prompts, engine, fleet
 
 
 def _admissible(raw: bytes | None, attempts: int) -> GenerationRequest:
@@ -224,11 +251,13 @@ def _admissible(raw: bytes | None, attempts: int) -> GenerationRequest:
     return protocol.decode_request(raw)
 
 
-def replay(entries: Sequence[Entry], choices: int) -> list[tuple[int, ...]]:
-    """Return the token ids that the log holds for each choice, in order."""
+def replay(
+    entries: Sequence[Entry], choices: int, channel: Channel | None = None
+) -> list[tuple[int, ...]]:
+    """Return the token ids that the log holds for each choice, in order; of one channel, or all."""
     ids: list[list[int]] = [[] for _ in range(choices)]
     for entry in entries:
         event = protocol.decode_event(entry.data)
-        if isinstance(event, Delta):
+        if isinstance(event, Delta) and channel in (None, event.channel):
             ids[event.choice] += event.ids
     return [tuple(i) for i in ids]

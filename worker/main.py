@@ -12,12 +12,13 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from shared import logs
+from shared.archive import hold_seconds
 from shared.fleet import ANNOUNCE_SECONDS, Fleet, WorkerInfo
 from shared.presence import Presence
 from shared.queue import SessionQueue
 from shared.session_log import SessionLog
 from shared.settings import WorkerSettings
-from shared.store import UNAVAILABLE, Store, connect
+from shared.store import FAILED, Store, connect
 from shared.tasks import stop
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig
@@ -44,19 +45,21 @@ class WorkerProcess:
         self._draining = False
         self._store = Store(connect(settings.redis_url, retries=FOREVER_RETRIES))
         self._bell_store = Store(connect(settings.redis_url, retries=FOREVER_RETRIES))
-        kept = settings.sessions_ttl_seconds
+        archived, kept = settings.persist_sessions, settings.sessions_ttl_seconds
+        kept = hold_seconds(kept) if archived else kept
         watch_ms = int(settings.cancel_after_disconnect_seconds * 1000)
         self._fleet = Fleet(self._store)
-        self._publisher = Publisher(SessionLog(self._store), kept_seconds=kept)
+        self._publisher = Publisher(SessionLog(self._store, archived=archived), kept_seconds=kept)
         self._engine = EngineClient(engine_config(settings), self._on_engine_state)
         self._prompts = PromptBuilder(settings)
-        queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms)
+        queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived)
         parts = Parts(
             log=SessionLog(self._store),
             queue=queue,
             publisher=self._publisher,
             prompts=self._prompts,
             engine=self._engine,
+            fleet=self._fleet,
         )
         self._engine.on_step_end = self._publisher.flush
         self._consumer = LeasedWorker(
@@ -81,14 +84,15 @@ class WorkerProcess:
         starting = asyncio.create_task(self._start_parts(), name="start")
         serving = asyncio.create_task(self._consumer.async_run(), name="serve")
         try:
-            await asyncio.wait(
-                {asyncio.create_task(asked.wait()), serving, announcing},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            waiting = {asyncio.create_task(asked.wait()), serving, announcing}
+            await asyncio.wait({starting}, return_when=asyncio.FIRST_EXCEPTION)
+            if not starting.exception():  # else a restart is the best there is
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._shut_down(starting, announcing)
-        if serving.done() and not serving.cancelled():
-            serving.result()  # a bug in the loop is no clean exit
+        for task in (starting, serving):
+            if task.done() and not task.cancelled():
+                task.result()  # a bug is no clean exit
 
     async def _start_parts(self) -> None:
         await asyncio.gather(self._engine.start(), self._prompts.start())
@@ -124,7 +128,7 @@ class WorkerProcess:
         while True:
             self._on_engine_state(self._engine.state)
             info = self._info()
-            with contextlib.suppress(*UNAVAILABLE):
+            with contextlib.suppress(*FAILED):
                 await self._fleet.announce(info)
             for _ in range(10):  # a change of state is said at once
                 await asyncio.sleep(ANNOUNCE_SECONDS / 10)
@@ -136,12 +140,12 @@ class WorkerProcess:
         log.info("shutdown", extra={"worker": self.id, "running": self._consumer.running})
         self._draining = True
         others = False
-        with contextlib.suppress(*UNAVAILABLE):
+        with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
             others = any(w.state == "ready" for w in await self._fleet.live() if w.id != self.id)
         await stop(*background)
         await self._consumer.drain(0 if others else self._settings.drain_seconds)
-        with contextlib.suppress(*UNAVAILABLE):
+        with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
         await self._publisher.close()
         await asyncio.gather(self._engine.close(), self._prompts.close())

@@ -1,24 +1,31 @@
 -- Invariant: a session's last events, its terminal event and its end are one step, taken once by the
 -- holder of its lease; nobody sees the end without the text.
--- KEYS: session, events, request, job, watch, cancel, leases
--- ARGV: 1 id, 2 lease, 3 event bell, 4 status, 5 kept s, 6 first index, 7 usage, 8… events
+-- KEYS: session, events, request, job, watch, cancel, leases, outbox
+-- ARGV: 1 id, 2 lease, 3 event bell, 4 status, 5 kept s, 6 first index, 7 usage,
+--       8 to be archived (1) or not (0), 9… events
+-- A lost log is begun again only to say that the session failed: somebody may wait for its end.
 -- Returns 1 done (now or before), -1 fenced off, -2 log lost or a gap.
 local record = redis.call('HMGET', KEYS[1], 'lease', 'last', 'ended_by')
 if record[3] == ARGV[2] then return 1 end
 if record[1] ~= ARGV[2] then return -1 end
 local last, first = tonumber(record[2]), tonumber(ARGV[6])
 if first > last + 1 then return -2 end
-for n = last + 1, first + #ARGV - 8 do
-  if not redis.call('XADD', KEYS[2], 'NOMKSTREAM', (n + 1) .. '-0', 'e', ARGV[8 + n - first]) then
-    return -2
-  end
+if redis.call('EXISTS', KEYS[2]) == 0 and ARGV[4] ~= 'failed' then return -2 end
+for n = last + 1, first + #ARGV - 9 do
+  redis.call('XADD', KEYS[2], (n + 1) .. '-0', 'e', ARGV[9 + n - first])
   last = n
 end
+local now = redis.call('TIME')[1]
 redis.call('HSET', KEYS[1], 'last', last, 'status', ARGV[4], 'lease', '', 'ended_by', ARGV[2],
-  'usage', ARGV[7], 'ended', redis.call('TIME')[1])
+  'usage', ARGV[7], 'ended', now)
 redis.call('ZREM', KEYS[7], ARGV[1])
 redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
+if ARGV[8] == '1' then  -- what nobody took while its session was kept is of no use any more
+  redis.call('ZADD', KEYS[8], now, ARGV[1])
+  redis.call('ZREMRANGEBYSCORE', KEYS[8], '-inf', now - ARGV[5])
+  redis.call('EXPIRE', KEYS[8], ARGV[5])
+end
 redis.call('PUBLISH', ARGV[3], ARGV[1])
 return 1

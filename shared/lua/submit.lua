@@ -1,13 +1,16 @@
 -- Invariant: a session exists with its record, request, event 0 and queue place, or not at all;
--- submitting it again with the same owner and digest changes nothing and answers alike.
+-- submitting it again with the same owner and digest answers alike, and only says that somebody
+-- watches it, where it has not ended.
 -- KEYS: session, events, request, job, watch, queue, work bell
 -- ARGV: 1 id, 2 owner, 3 digest, 4 model, 5 fingerprint, 6 choices, 7 queue bound, 8 live ttl s,
 --       9 watch ttl ms (0: none), 10 include usage, 11 request, 12 job, 13 event 0
 -- Returns {outcome, created s}; outcome: created | attached | conflict | foreign | full
-local known = redis.call('HMGET', KEYS[1], 'owner', 'digest', 'created')
+local known = redis.call('HMGET', KEYS[1], 'owner', 'digest', 'created', 'status')
 if known[3] then
   if known[1] ~= ARGV[2] then return {'foreign', '0'} end
   if known[2] ~= ARGV[3] then return {'conflict', known[3]} end
+  local lives = known[4] == 'queued' or known[4] == 'running'
+  if lives and tonumber(ARGV[9]) > 0 then redis.call('SET', KEYS[5], '1', 'PX', ARGV[9]) end
   return {'attached', known[3]}
 end
 if redis.call('ZCARD', KEYS[6]) >= tonumber(ARGV[7]) then return {'full', '0'} end

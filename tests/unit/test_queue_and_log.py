@@ -5,6 +5,7 @@ import pytest
 from shared import keys
 from shared.protocol import (
     Delta,
+    Failed,
     Finished,
     GenerationRequest,
     Message,
@@ -175,6 +176,20 @@ async def test_release_with_blame_keeps_the_attempt(queue, log):
     assert (await log.record("s1")).attempts == 1
 
 
+async def test_attempts_count_only_while_the_log_does_not_grow(queue, log, store):
+    """A session that loses its workers between tokens is not poison; one that gets nowhere is."""
+    await queue.submit(submission(), 10)
+    for n in range(1, 6):
+        [mine] = (await queue.claim("w1", 1)).sessions
+        assert (await log.record("s1")).attempts == 1
+        await log.append([Append(*mine, n, [delta(n)])])
+        await expire_lease(store, "s1")
+    for attempt in range(1, 6):
+        await queue.claim("w1", 1)
+        assert (await log.record("s1")).attempts == attempt
+        await expire_lease(store, "s1")
+
+
 async def test_append_numbers_events_and_accepts_a_repeat_once(queue, log):
     """The same append sent again, as after a lost reply, changes nothing."""
     await queue.submit(submission(), 10)
@@ -258,6 +273,31 @@ async def test_cancel_flags_a_running_session_and_ignores_strangers(queue):
     assert await queue.cancel("s1", "you", "requested") == "missing"
     assert await queue.cancel("s1", "me", "requested") == "cancelling"
     assert await queue.cancel("none", "me", "requested") == "missing"
+
+
+async def test_cancel_ends_a_session_whose_worker_is_dead(queue, log, store):
+    """A session whose lease ran out ends at once; the old worker can write nothing behind it."""
+    await queue.submit(submission(), 10)
+    [dead] = (await queue.claim("w1", 1)).sessions
+    await expire_lease(store, "s1")
+    assert await queue.cancel("s1", "", "requested") == "cancelled"
+    assert await log.append([Append(*dead, 2, [delta(2)])]) == [FENCED]
+    assert (await queue.claim("w2", 1)).sessions == []
+    assert [e.index for e in await log.read("s1", -1)] == [0, 1]
+
+
+async def test_a_failure_is_told_even_when_the_log_is_lost(queue, log, store):
+    """A session without its log cannot finish, but it can fail, so that nobody waits for ever."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await store.redis.delete(keys.events("s1"))
+    rest = {"usage": Usage(), "kept_seconds": 60}
+    end = Finished(("stop",), Usage())
+    assert not await log.finish(Append(*mine, 1, []), end, status="finished", **rest)
+    failure = Failed("generation_failed", "lost")
+    assert await log.finish(Append(*mine, 1, []), failure, status="failed", **rest)
+    assert (await log.record("s1")).status == "failed"
+    assert [e.index for e in await log.read("s1", -1)] == [1]
 
 
 async def test_read_many_reads_only_what_is_new(store, log):

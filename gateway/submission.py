@@ -1,0 +1,134 @@
+"""How a chat becomes a session: a new one, or the one that has its id already."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shared.archive import ArchiveError
+from shared.errors import UnbrokenError
+from shared.protocol import GenerationRequest
+from shared.queue import Submission
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from gateway.openai import ChatRequest
+    from gateway.state import Services
+    from shared.fleet import WorkerInfo
+    from shared.session_log import SessionRecord
+
+log = logging.getLogger("unbroken.chat")
+
+NOT_FOUND = "There is no such session."
+
+
+def chosen_id(request: Request, chat: ChatRequest, owner: str) -> str | None:
+    """Return the session's id where the client chose it, by name or by `Idempotency-Key`."""
+    if chat.session_id:
+        return chat.session_id
+    if key := request.headers.get("idempotency-key"):
+        return f"chatcmpl-{hashlib.sha256(f'{owner}:{key}'.encode()).hexdigest()[:32]}"
+    return None
+
+
+async def submit(
+    services: Services, owner: str, session_id: str, chat: ChatRequest, *, may_exist: bool
+) -> SessionRecord:
+    """Queue the session, or attach to it; returns its record.
+
+    The archive is asked first: an id that it knows must not begin anew. While it can not be asked,
+    a session that Redis has can be attached to, and an id of the client's begins nothing.
+
+    Raises:
+        UnbrokenError: no model is ready, the queue is full, the id is in use with another body.
+        ArchiveError: whether the id is in use can not be known for now.
+    """
+    archived, unreadable = await _archived(services, session_id) if may_exist else (None, None)
+    if archived:
+        return _attach(archived, owner, chat)
+    try:
+        worker = _choose(await services.models.ready(), chat.model, services)
+    except UnbrokenError:
+        # An attach needs no worker: whoever has the session may read it while none is ready.
+        known = await services.log.record(session_id) if may_exist else None
+        if known is None:
+            raise
+        await say_watched(services, session_id, _attach(known, owner, chat))
+        return known
+    new = _submission(session_id, owner, chat, worker)
+    bound = 0 if unreadable else services.settings.max_queue
+    outcome, _created = await services.queue.submit(new, bound)
+    if unreadable and outcome == "full":
+        raise unreadable
+    _refuse(outcome)
+    log.info("session %s", outcome, extra={"session": session_id})
+    record = await services.log.record(session_id)
+    if record is None:
+        raise UnbrokenError("events_expired", "The session is no longer kept.")
+    return record
+
+
+async def _archived(
+    services: Services, session_id: str
+) -> tuple[SessionRecord | None, ArchiveError | None]:
+    try:
+        return await services.log.archived(session_id), None
+    except ArchiveError as error:
+        return None, error
+
+
+async def say_watched(services: Services, session_id: str, record: SessionRecord) -> None:
+    """Say at once that somebody watches: whoever comes back late must not have come in vain."""
+    if not record.has_ended:
+        await services.presence.watching([session_id])
+
+
+def _attach(known: SessionRecord, owner: str, chat: ChatRequest) -> SessionRecord:
+    """Return the record if the session is this caller's and has this body, as `submit.lua` does."""
+    if known.owner != owner:
+        _refuse("foreign")
+    if known.digest != chat.digest:
+        _refuse("conflict")
+    return known
+
+
+def _submission(session_id: str, owner: str, chat: ChatRequest, worker: WorkerInfo) -> Submission:
+    generation = chat.generation
+    if not chat.seed_given:
+        sampling = msgspec.structs.replace(generation.sampling, seed=secrets.randbits(62))
+        generation = GenerationRequest(generation.messages, sampling)
+    return Submission(
+        session_id=session_id,
+        owner=owner,
+        digest=chat.digest,
+        model=worker.model,
+        fingerprint=worker.fingerprint,
+        include_usage=chat.include_usage,
+        request=generation,
+    )
+
+
+def _choose(ready: list[WorkerInfo], model: str | None, services: Services) -> WorkerInfo:
+    """Pick the model that answers: the named one where it is served, else the one there is."""
+    named = next((worker for worker in ready if worker.model == model), None)
+    if named is None and services.settings.strict_model:
+        if not model:
+            raise UnbrokenError("invalid_value", "'model' is required.", "model")
+        raise UnbrokenError("model_not_found", "No worker serves this model.", "model")
+    return named or ready[0]
+
+
+def _refuse(outcome: str) -> None:
+    if outcome == "full":
+        raise UnbrokenError("queue_full", "Too many requests are waiting.", retry_after=2)
+    if outcome == "foreign":
+        raise UnbrokenError("session_not_found", NOT_FOUND, "session_id")
+    if outcome == "conflict":
+        raise UnbrokenError(
+            "session_id_in_use", "This session id is in use with another body.", "session_id"
+        )
