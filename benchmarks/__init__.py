@@ -1,0 +1,1 @@
+"""Programs that measure: `python3 run.py bench NAME`."""
