@@ -499,3 +499,17 @@ async def test_watching_keeps_the_watch_key_alive_and_leaving_lets_it_expire(sta
     del events
     while await store.redis.exists(keys.watch("s")):
         await asyncio.sleep(0.05)
+
+
+async def test_a_bug_is_500_without_a_word_of_what_it_was(client, worker, monkeypatch):
+    """An unexpected exception is an answer in the contract's shape that tells nothing inside."""
+
+    async def broken(*_args):
+        raise RuntimeError("secret detail at /some/path")
+
+    monkeypatch.setattr("shared.queue.SessionQueue.submit", broken)
+    response = await client.post("/v1/chat/completions", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"]
+    assert (await client.get("/health")).status_code == 200

@@ -57,8 +57,11 @@ def create(greeting="hello"):
 
 
 def wait_until_dead(process):
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.005)
+    """Wait until the child can be waited for, and leave that to the pool.
+
+    A process reads as a zombie before the last of its threads has ended, and is not dead till then.
+    """
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 @pytest_asyncio.fixture
