@@ -112,7 +112,10 @@ class Clients:
 
     def read(self, stream: Stream) -> None:
         """Read one stream; count and time its events."""
-        data = stream.socket.recv(65536)
+        try:
+            data = stream.socket.recv(65536)
+        except BlockingIOError:  # the poll was mistaken
+            return
         now = time.monotonic()
         if not data:
             self.closed += 1

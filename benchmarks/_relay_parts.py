@@ -124,6 +124,12 @@ def python(module: str, *args: str, env: dict[str, str] | None = None) -> Any:
     return program([sys.executable, "-m", module, *args], env)
 
 
+def machine_ticks() -> tuple[int, int]:
+    """Return the machine's busy and total CPU time so far, in clock ticks."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(fields) - fields[3] - fields[4], sum(fields)
+
+
 def wait_for_port(port: int) -> None:
     """Wait until somebody listens there."""
     deadline = time.monotonic() + START_SECONDS
