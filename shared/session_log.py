@@ -11,7 +11,7 @@ from shared import keys
 from shared.protocol import ENDED, Status, Usage, encode_event
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from shared.protocol import Event
     from shared.store import Store
@@ -93,17 +93,6 @@ class SessionLog:
             keys.events(session_id), min=f"({after + 1}-0", count=count
         )
         return [_entry(item) for item in raw]
-
-    async def read_many(
-        self, positions: Mapping[str, int], count: int = PAGE
-    ) -> dict[str, list[Entry]]:
-        """Return the new events of several sessions, given each one's last known index."""
-        if not positions:
-            return {}
-        streams = {keys.events(sid): f"{after + 1}-0" for sid, after in positions.items()}
-        raw = await self._store.redis.xread(streams, count=count)  # type: ignore[arg-type]
-        prefix = len(keys.EVENTS)
-        return {name.decode()[prefix:]: [_entry(i) for i in items] for name, items in raw}
 
     async def append(self, batch: Sequence[Append]) -> list[int]:
         """Append to several logs in one step.

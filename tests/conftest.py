@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
 import run
+from shared.store import Store, connect
 from tests.stack import ROOT, Stack, keys_without_ttl, wait_until
 
 MAY_LIVE_FOR_EVER: dict[str, str] = {}
@@ -58,6 +59,14 @@ def redis_url(redis_server: str) -> Iterator[str]:
     yield redis_server
     forever = set(keys_without_ttl(redis_server)) - MAY_LIVE_FOR_EVER.keys()
     assert not forever, f"keys without a TTL: {sorted(forever)}"
+
+
+@pytest.fixture
+async def store(redis_url: str) -> AsyncIterator[Store]:
+    """A client of that Redis with the project's scripts."""
+    store = Store(connect(redis_url))
+    yield store
+    await store.close()
 
 
 @pytest.fixture(scope="session")

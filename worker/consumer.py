@@ -106,7 +106,6 @@ class LeasedWorker(Worker):
         self._renewed = time.monotonic()
         self._freed = asyncio.Event()
         self.can_claim = asyncio.Event()
-        self._next_expiry_s = IDLE_SECONDS
 
     @property
     def running(self) -> int:

@@ -10,20 +10,12 @@ from shared.presence import MARGIN_MS, SWEEP_SESSIONS, Presence, Sweeper
 from shared.protocol import GenerationRequest, Message, SamplingParams, TextPart, decode_event
 from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
-from shared.store import Store, connect
 from tests.scripted import ScriptedWorker
 from tests.served import serving
 
 CHAT = "/v1/chat/completions"
 STREAM = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 WATCH_MS = 60_000
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 @pytest.fixture

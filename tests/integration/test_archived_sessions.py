@@ -14,7 +14,6 @@ from shared import keys
 from shared.archive import OUTBOX_SECONDS, SETTLE_SECONDS, Archive
 from shared.queue import SessionQueue
 from shared.session_log import PAGE, SessionLog
-from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
 from tests.scripted import ScriptedWorker
 from tests.served import serving
@@ -25,13 +24,6 @@ CHAT = "/v1/chat/completions"
 
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 class PersistingWorker(ScriptedWorker):

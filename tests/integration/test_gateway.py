@@ -1,25 +1,15 @@
 import asyncio
+import contextlib
 import json
 import socket
 
-import httpx
 import pytest
-import uvicorn
 
-from gateway.main import RequestIds, create_app
 from shared import keys
-from shared.settings import GatewaySettings
-from shared.store import Store, connect
 from tests.scripted import ScriptedWorker
+from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 @pytest.fixture
@@ -29,39 +19,15 @@ async def worker(store):
     return worker
 
 
-async def serve(redis_url, **settings):
-    """Run a gateway in this loop; returns the server, its task and a client."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    app = create_app(GatewaySettings(_env_file=None, redis_url=redis_url, port=port, **settings))
-    config = uvicorn.Config(
-        RequestIds(app), port=port, log_config=None, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False)
-    return server, task, client
-
-
 @pytest.fixture
 async def start(redis_url):
     """Start gateways with settings of the test's choice; they end with the test."""
-    running = []
+    async with contextlib.AsyncExitStack() as running:
 
-    async def start(**settings):
-        server, task, client = await serve(redis_url, **settings)
-        running.append((server, task, client))
-        return client
+        async def start(**settings):
+            return await running.enter_async_context(serving(redis_url, **settings))
 
-    yield start
-    for server, task, client in running:
-        await client.aclose()
-        server.should_exit = True
-        await task
+        yield start
 
 
 @pytest.fixture
@@ -475,14 +441,12 @@ async def test_redis_away_is_503_unavailable(start):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"redis://127.0.0.1:{closed.getsockname()[1]}/0"
-        server, task, client = await serve(url)
-        response = await client.post("/v1/chat/completions", json=BODY)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
-        assert (await client.get("/ready")).status_code == 503
-        assert (await client.get("/health")).status_code == 200
-        await client.aclose()
-        server.should_exit = True
-        await task
+        async with serving(url) as client:
+            response = await client.post("/v1/chat/completions", json=BODY)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "unavailable"
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.get("/health")).status_code == 200
 
 
 async def test_watching_keeps_the_watch_key_alive_and_leaving_lets_it_expire(start, worker, store):

@@ -8,20 +8,12 @@ import openai
 import pytest
 
 from shared import keys
-from shared.store import Store, connect
 from tests.scripted import ScriptedWorker
 from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from shared.protocol import Delta, Finished, GenerationRequest, Message, Samplin
 from shared.protocol import encode_event as encode
 from shared.queue import SessionQueue, Submission
 from shared.session_log import PAGE, Append, Entry, SessionLog, SessionRecord
-from shared.store import Store, connect
 from tests.stack import ROOT
 
 
@@ -49,13 +48,6 @@ def archive(path):
     archive = Archive(path)
     yield archive
     archive.close()
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 def test_what_was_put_is_read_by_another_process(archive, path):

@@ -17,7 +17,6 @@ from shared.protocol import (
 )
 from shared.queue import Claimed, SessionQueue, Submission
 from shared.session_log import SessionLog
-from shared.store import Store, connect
 from worker.publisher import BATCH_EVENTS, Ending, Publisher
 
 
@@ -42,13 +41,6 @@ class Flaky(SessionLog):
             self.lose_replies -= 1
             raise RedisConnectionError("lost reply")
         return replies
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 @pytest.fixture

@@ -18,15 +18,6 @@ from shared.protocol import (
 )
 from shared.queue import LEASE_MS, Claimed, SessionQueue, Submission
 from shared.session_log import FENCED, LOG_LOST, Append, SessionLog
-from shared.store import Store, connect
-from tests.scripted import ScriptedWorker
-
-
-@pytest.fixture
-async def store(redis_url):
-    store = Store(connect(redis_url))
-    yield store
-    await store.close()
 
 
 @pytest.fixture
@@ -298,18 +289,6 @@ async def test_a_failure_is_told_even_when_the_log_is_lost(queue, log, store):
     assert await log.finish(Append(*mine, 1, []), failure, status="failed", **rest)
     assert (await log.record("s1")).status == "failed"
     assert [e.index for e in await log.read("s1", -1)] == [1]
-
-
-async def test_read_many_reads_only_what_is_new(store, log):
-    """One read serves several sessions, each from its own place."""
-    worker = ScriptedWorker(store)
-    for name in "ab":
-        await worker.queue.submit(submission(name), 10)
-    a, b = await worker.claim(2)
-    await worker.say(a, "one")
-    await worker.say(b, "two")
-    found = await log.read_many({"a": 0, "b": 1})
-    assert {s: [e.index for e in entries] for s, entries in found.items()} == {"a": [1]}
 
 
 def test_digest_ignores_nothing_but_the_order_of_keys():

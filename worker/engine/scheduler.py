@@ -42,10 +42,6 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
-    def waiting(self, handle: int) -> Sequence | None:
-        """Return a waiting sequence by its handle."""
-        return self._waiting.get(handle)
-
     def find(self, handle: int) -> Sequence | None:
         """Return a sequence, waiting or running, by its handle."""
         waiting = self._waiting.get(handle)
