@@ -216,20 +216,29 @@ class Channel:
             return None
         return self._tail[-count:]
 
-    def extend(self, items: Sequence[Item], writes: Writes) -> None:
-        """Take the next entries of the log, as the hub has read them.
-
-        What is to be written to viewers is added to `writes`, and must be pushed at once.
-        """
-        first = 0 if self.last is None else self.last + 1
+    def take_entries(self, items: Sequence[Item], writes: Writes) -> None:
+        """Take entries of the log, as the hub has read them; `writes` as in `extend`."""
+        first, last = (int(items[i][0].partition(b"-")[0]) - 1 for i in (0, -1))
         events = [fields[1] for _, fields in items]
-        last = first + len(events) - 1
-        if items[0][0] != b"%d-0" % (first + 1) or items[-1][0] != b"%d-0" % (last + 1):
+        if last - first != len(events) - 1 or not self.extend(first, events, writes):
             self._tail.clear()  # a gap: whoever follows shall look into the log, and see it
-            self.last = int(items[-1][0].partition(b"-")[0]) - 1
+            self.last = last
             self.wake_all()
-            return
-        self.last, self.missing = last, 0
+
+    def extend(self, first: int, events: Sequence[bytes], writes: Writes) -> bool:
+        """Take the events from index `first` on; those that are known are passed over.
+
+        What is to be written to viewers is added to `writes`, and must be pushed at once. Returns
+        False, and takes nothing, where events before `first` are missing.
+        """
+        following = 0 if self.last is None else self.last + 1
+        if first > following:
+            return False
+        if first < following:
+            first, events = following, events[following - first :]
+        if not events:
+            return True
+        self.last, self.missing = first + len(events) - 1, 0
         self._tail += events
         if len(self._tail) > 2 * TAIL:
             del self._tail[:-TAIL]
@@ -240,6 +249,7 @@ class Channel:
                 crowd.hand_out(first, events, writes)
         if self._changed is not None:
             self._notify()
+        return True
 
     def wake_all(self) -> None:
         """Let every follower look for itself."""

@@ -134,7 +134,7 @@ def make_services(settings: GatewaySettings) -> Services:
         log=history,
         presence=presence,
         queue=queue,
-        relay=Relay(store, bell, history, presence),
+        relay=Relay(bell, history, presence),
         models=ReadyModels(Fleet(store)),
         upkeep=Upkeep(Sweeper(store, queue, presence), archiver, tuple(threads)),
     )

@@ -1,9 +1,9 @@
 """`Relay`: carries the logs of all the sessions that this process's clients read.
 
-One doorbell subscription and one command connection serve them all. A ring names the sessions that
-have new events; one XREAD fetches them; the hub has them rendered once and written to the clients'
-connections, so that no task wakes for an event. A ring may get lost, so a sweep reads all followed
-sessions once a second.
+Two connections serve them all: one is subscribed to the followed sessions' bells, whose rings carry
+the new events; on the other the hub reads what no ring has brought. Events are rendered once and
+written to the clients' connections, so that no task wakes for one. A ring may get lost, so a sweep
+reads all followed sessions once a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gateway.channel import HUB_EVENTS, Channel
 from gateway.wire import connect, pack
@@ -53,8 +53,10 @@ HUB_SESSIONS = 256
 CARE_SESSIONS = 64
 """Sessions looked after in one go, so that events need not wait until all have been."""
 
+BELL_PREFIX = len(keys.EVENT_BELL)
+
 XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
-"""The head of the hub's command, put together by hand: it is sent for every ring."""
+"""The head of the hub's command, put together by hand: it is sent once a second for all."""
 
 PING = pack("PING")
 
@@ -63,16 +65,13 @@ class Relay:
     """The reading side of all live sessions in this process.
 
     Args:
-        store: the command connection.
-        bell: a client of its own for the subscription, whose connection blocks.
+        bell: the Redis that the two connections go to; closed with the relay.
         session_log: the logs.
-        presence: told every second whom clients watch.
+        presence: how to say whom clients watch, which is said every second.
     """
 
-    def __init__(
-        self, store: Store, bell: Store, session_log: SessionLog, presence: Presence
-    ) -> None:
-        self._store, self._bell = store, bell
+    def __init__(self, bell: Store, session_log: SessionLog, presence: Presence) -> None:
+        self._bell = bell
         self._log, self._presence = session_log, presence
         self._channels: dict[bytes, Channel] = {}
         self._rung: dict[Channel, None] = {}
@@ -138,6 +137,7 @@ class Relay:
         channel = self._channels.get(name)
         if channel is None:
             channel = self._channels[name] = Channel(session_id)
+            self._tell_bell("SUBSCRIBE", channel)
         channel.followers += 1
         try:
             yield channel
@@ -145,6 +145,7 @@ class Relay:
             channel.followers -= 1
             if channel.followers == 0 and self._channels.get(name) is channel:
                 del self._channels[name]
+                self._tell_bell("UNSUBSCRIBE", channel)
 
     async def _next(self, channel: Channel, after: int, exists: int) -> list[bytes] | None:
         """Return events above `after`, from memory or else from the log; empty at the log's end.
@@ -173,10 +174,11 @@ class Relay:
         return [entry.data for entry in entries]
 
     async def _keep_bell(self) -> None:
-        """Keep the subscription open."""
+        """Keep the connection open on which rings come."""
         wire = self._wires["bell"] = await connect(self._bell.redis, self._on_bell)
         try:
-            await wire.call("SUBSCRIBE", keys.EVENT_BELL)
+            for channels in _parts(self._channels):
+                self._tell_bell("SUBSCRIBE", *channels)
             await wire.closed
         finally:
             self._wires.pop("bell", None)
@@ -187,6 +189,7 @@ class Relay:
         wire = self._wires["hub"] = await connect(self._bell.redis, _ignore)
         try:
             self._ring(*self._channels.values())
+            self._say_watched(list(self._channels.values()))
             await wire.closed
         finally:
             self._wires.pop("hub", None)
@@ -194,12 +197,29 @@ class Relay:
             self._ring(*self._reading.values())
             self._reading = {}
 
-    def _on_bell(self, message: list[bytes]) -> None:
-        if message[0] == b"message":
-            known = self._channels.get
-            rung = [c for c in map(known, message[2].split(b",")) if c is not None]
-            if rung:
-                self._ring(*rung)
+    def _tell_bell(self, command: str, *channels: Channel) -> None:
+        if wire := self._wires.get("bell"):
+            wire.send(pack(command, *(keys.event_bell(c.session_id) for c in channels)))
+
+    def _on_bell(self, messages: list[Any]) -> None:
+        """Hand out what rings bring; let the hub read what they do not."""
+        writes: Writes = []
+        behind: list[Channel] = []
+        for message in messages:
+            if type(message) is not list:  # the answer to a ping while nothing is followed
+                continue
+            channel = self._channels.get(message[1][BELL_PREFIX:])
+            if channel is None:
+                continue
+            if message[0] == b"subscribe":  # what was appended before is in no ring
+                behind.append(channel)
+            elif message[0] == b"message" and channel.last is not None:
+                first, *events = message[2].split(b"\n")
+                if not events or not channel.extend(int(first), events, writes):
+                    behind.append(channel)
+        _push(writes)
+        if behind:
+            self._ring(*behind)
 
     def _ring(self, *channels: Channel) -> None:
         self._rung.update(dict.fromkeys(channels))
@@ -229,49 +249,55 @@ class Relay:
         writes: Writes = []
         for name, items in reply or ():
             channel = reading[name[len(keys.EVENTS) :]]
-            channel.extend(items, writes)
+            channel.take_entries(items, writes)
             if len(items) == HUB_EVENTS:
                 self._rung[channel] = None
-        now = time.monotonic()
-        for viewer, data in writes:
-            viewer.push(data, now)
+        _push(writes)
         self._read()
 
     async def _sweep(self) -> None:
+        """Read all followed sessions once a second, and see that they, and Redis, are there."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            with contextlib.suppress(*UNAVAILABLE):
-                for channels in _parts(self._channels):
-                    self._mark_missing(channels, await self._which_exist(channels))
+            for channels in _parts(self._channels):
+                self._look_after(channels)
+                await asyncio.sleep(0)
             self._ring(*self._channels.values())
-            for name, wire in self._wires.items():
-                wire.send(PING, _ignore if name == "hub" else None)
+            for name, wire in tuple(self._wires.items()):
+                wire.send(PING, *([_ignore] if name == "hub" else []))
                 if time.monotonic() - wire.heard > SILENCE_SECONDS:
                     wire.abort()
 
-    async def _which_exist(self, channels: Sequence[Channel]) -> list[int]:
-        names = [keys.session(channel.session_id) for channel in channels]
-        if await self._store.redis.exists(*names) == len(names):
-            return [1] * len(names)
-        async with self._store.redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.exists(name)
-            found: list[int] = await pipe.execute()
-        return found
+    def _look_after(self, channels: Sequence[Channel]) -> None:
+        """Ask whether all these sessions exist, and if not, ask for each of them."""
 
-    def _mark_missing(self, channels: Sequence[Channel], found: list[int]) -> None:
-        for channel, exists in zip(channels, found, strict=True):
-            channel.missing = 0 if exists else channel.missing + 1
-            if channel.missing >= VANISHED_SWEEPS:
-                channel.gone = True
-                channel.wake_all()
+        def on_count(count: object) -> None:
+            if count == len(channels):
+                for channel in channels:
+                    channel.missing = 0
+            elif isinstance(count, Exception):
+                log.warning("redis refuses to say what exists", extra={"error": str(count)})
+            elif len(channels) > 1:
+                for channel in channels:
+                    self._look_after([channel])
+            else:
+                _note_missing(channels[0])
+
+        if wire := self._wires.get("hub"):
+            wire.send(pack("EXISTS", *(keys.session(c.session_id) for c in channels)), on_count)
 
     async def _refresh_presence(self) -> None:
+        """Say once a second whom clients watch."""
         while True:
-            with contextlib.suppress(*UNAVAILABLE):
-                for channels in _parts(self._channels):
-                    await self._presence.watching([channel.session_id for channel in channels])
+            for channels in _parts(self._channels):
+                self._say_watched(channels)
+                await asyncio.sleep(0)
             await asyncio.sleep(REFRESH_SECONDS)
+
+    def _say_watched(self, channels: Sequence[Channel]) -> None:
+        signs = [pack(*sign) for c in channels if (sign := self._presence.sign(c.session_id))]
+        if signs and (wire := self._wires.get("hub")):
+            wire.send(b"".join(signs), *[_ignore] * len(signs))
 
 
 def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
@@ -279,6 +305,20 @@ def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
     everyone = list(channels.values())
     for i in range(0, len(everyone), CARE_SESSIONS):
         yield everyone[i : i + CARE_SESSIONS]
+
+
+def _push(writes: Writes) -> None:
+    now = time.monotonic()
+    for viewer, data in writes:
+        viewer.push(data, now)
+
+
+def _note_missing(channel: Channel) -> None:
+    """Note that a sweep found no record of a session; after a few, its followers are told."""
+    channel.missing += 1
+    if channel.missing >= VANISHED_SWEEPS:
+        channel.gone = True
+        channel.wake_all()
 
 
 def _ignore(_reply: object) -> None:

@@ -34,7 +34,8 @@ class Wire(asyncio.Protocol):
     """An open connection.
 
     Args:
-        on_push: gets what is no reply to a command, such as a subscription's messages.
+        on_push: gets what is no reply to a command, such as a subscription's messages: all that
+            came at once, in a list.
     """
 
     def __init__(self, on_push: Handler) -> None:
@@ -55,9 +56,14 @@ class Wire(asyncio.Protocol):
         """Hand on the replies in the data (asyncio)."""
         self.heard = time.monotonic()
         self._reader.feed(data)
+        pushed = []
         while (reply := self._reader.gets()) is not _NOTHING:
-            handler = self._handlers.popleft() if self._handlers else self._on_push
-            handler(reply)
+            if self._handlers:
+                self._handlers.popleft()(reply)
+            else:
+                pushed.append(reply)
+        if pushed:
+            self._on_push(pushed)
 
     def connection_lost(self, error: Exception | None) -> None:
         """End (asyncio)."""
@@ -65,12 +71,11 @@ class Wire(asyncio.Protocol):
             self.closed.set_exception(error or RedisConnectionError("Redis closed the connection."))
             self.closed.exception()  # whoever waits for it gets it all the same
 
-    def send(self, command: bytes, handler: Handler | None = None) -> None:
-        """Send a packed command; its reply goes to `handler`, or to `on_push`."""
+    def send(self, commands: bytes, *handlers: Handler) -> None:
+        """Send packed commands; their replies go to these handlers, else to `on_push`."""
         if self._transport is not None and not self._transport.is_closing():
-            if handler is not None:
-                self._handlers.append(handler)
-            self._transport.write(command)
+            self._handlers.extend(handlers)
+            self._transport.write(commands)
 
     async def call(self, *words: bytes | str | int) -> Any:
         """Send a command and return its reply.

@@ -19,7 +19,7 @@ WORKERS = "unbroken:workers"
 OUTBOX = "unbroken:outbox"
 SWEEP = "unbroken:sweep"
 WORK_BELL = "unbroken:bell:work"
-EVENT_BELL = "unbroken:bell:events"
+EVENT_BELL = "unbroken:bell:events:"
 
 LIVE_TTL = 24 * 3600
 """Seconds a queued or running session and the shared structures outlive their last touch."""
@@ -36,6 +36,11 @@ def session(session_id: str) -> str:
 def events(session_id: str) -> str:
     """Stream: the session's log; event n is entry `<n+1>-0`."""
     return EVENTS + session_id
+
+
+def event_bell(session_id: str) -> str:
+    """Channel: each message is an index and the events from there on, a line for each."""
+    return EVENT_BELL + session_id
 
 
 def request(session_id: str) -> str:

@@ -87,8 +87,13 @@ class Presence:
             return
         async with self._redis.pipeline(transaction=False) as pipe:
             for session_id in session_ids:
-                pipe.set(keys.watch(session_id), "1", px=self._ttl_ms)
+                pipe.execute_command(*self.sign(session_id))
             await pipe.execute()
+
+    def sign(self, session_id: str) -> tuple[str, ...]:
+        """Return the command with which `watching` says it; empty where no key is kept."""
+        px = str(self._ttl_ms)
+        return ("SET", keys.watch(session_id), "1", "PX", px) if self._ttl_ms else ()
 
     async def signals(self, session_ids: Sequence[str]) -> dict[str, Signals]:
         """Return each session's signals, in one round trip."""

@@ -139,9 +139,9 @@ class SessionQueue:
         names = [keys.session(session_id), keys.events(session_id), keys.request(session_id)]
         names += [keys.job(session_id), keys.watch(session_id), keys.cancel(session_id), keys.QUEUE]
         names += [keys.OUTBOX, keys.LEASES]
-        args: list[Any] = [session_id, owner, keys.EVENT_BELL, reason, keys.LIVE_TTL, self._kept]
-        args += [terminal, msgspec.json.encode(Usage()), int(self._archived)]
-        args.append(int(reason == "abandoned"))
+        args: list[Any] = [session_id, owner, keys.event_bell(session_id), reason]
+        args += [keys.LIVE_TTL, self._kept, terminal, msgspec.json.encode(Usage())]
+        args += [int(self._archived), int(reason == "abandoned")]
         reply: bytes = await self._store.run("cancel", names, args)
         return reply.decode()
 

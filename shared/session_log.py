@@ -22,6 +22,9 @@ FENCED, LOG_LOST, REFUSED = -1, -2, -3
 PAGE = 512
 """Events read from Redis at once."""
 
+RING_BYTES = 8192
+"""Most bytes of new events that a session's ring carries; what is more is read from the log."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -101,7 +104,7 @@ class SessionLog:
         repeated after a lost reply is accepted and appends nothing twice.
         """
         names: list[str] = []
-        args: list[str | bytes | int] = [keys.EVENT_BELL]
+        args: list[str | bytes | int] = [keys.EVENT_BELL, RING_BYTES]
         for item in batch:
             names += (keys.session(item.session_id), keys.events(item.session_id))
             args += (item.session_id, item.lease, item.first, len(item.events), *item.events)
@@ -118,8 +121,9 @@ class SessionLog:
         sid = last.session_id
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
         names += [keys.watch(sid), keys.cancel(sid), keys.LEASES, keys.OUTBOX]
-        args: list[str | bytes | int] = [sid, last.lease, keys.EVENT_BELL, status, kept_seconds]
-        args += [last.first, msgspec.json.encode(usage), int(self._archived)]
+        args: list[str | bytes | int] = [sid, last.lease, keys.event_bell(sid), status]
+        args += [kept_seconds, last.first, msgspec.json.encode(usage), int(self._archived)]
+        args += [RING_BYTES]
         args += [*last.events, encode_event(terminal)]
         return bool(await self._store.run("finish", names, args) == 1)
 

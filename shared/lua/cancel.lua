@@ -33,5 +33,5 @@ if ARGV[9] == '1' then  -- as in finish.lua
   redis.call('ZREMRANGEBYSCORE', KEYS[8], '-inf', now - ARGV[6])
   redis.call('EXPIRE', KEYS[8], ARGV[6])
 end
-redis.call('PUBLISH', ARGV[3], ARGV[1])
+redis.call('PUBLISH', ARGV[3], index .. '\n' .. ARGV[7])
 return 'cancelled'

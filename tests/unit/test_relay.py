@@ -21,8 +21,8 @@ from shared.protocol import (
     Usage,
     encode_event,
 )
-from shared.queue import SessionQueue, Submission
-from shared.session_log import Append, SessionLog
+from shared.queue import Claimed, SessionQueue, Submission
+from shared.session_log import RING_BYTES, Append, SessionLog
 from shared.store import Store, connect
 from shared.tasks import stop
 
@@ -72,7 +72,7 @@ class Stage:
         self.queue = SessionQueue(self.writer, kept_seconds=60, watch_ms=60_000)
         self.presence = Presence(self.store, watch_ms=60_000)
         bell = Store(connect(redis_url))
-        self.relay = Relay(self.store, bell, SessionLog(self.store), self.presence)
+        self.relay = Relay(bell, SessionLog(self.store), self.presence)
         self.leases, self.next, self.tasks = {}, {}, []
 
     async def begin(self, session_id="s"):
@@ -128,12 +128,41 @@ async def stage(redis_url):
     await stage.close()
 
 
+@pytest.fixture
+async def quiet(redis_url, monkeypatch):
+    """A stage whose relay never sweeps: only rings bring events."""
+    monkeypatch.setattr(relays, "SWEEP_SECONDS", 3600)
+    stage = Stage(redis_url)
+    stage.relay.start()
+    yield stage
+    await stage.close()
+
+
+@contextlib.contextmanager
+def unheard():
+    """Let nobody hear what rings meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "EVENT_BELL", "nobody:hears:")
+        yield
+
+
 def frame_end(text):
     """Return how the frame of a delta with this text ends."""
     return (
         b'"content":%s},"logprobs":null,"finish_reason":null}]}\n\n'
         % (encode_event(Delta(0, (), text))[10:-11])
     )
+
+
+def heard(stage):
+    """Keep the payloads of rings in `stage.rings`, and pass them on."""
+    stage.rings, whole = [], stage.relay._on_bell
+
+    def on_bell(messages):
+        stage.rings += [m[2] for m in messages if m[0] == b"message"]
+        whole(messages)
+
+    stage.relay._wires["bell"]._on_push = on_bell
 
 
 async def settled(stage):
@@ -254,14 +283,132 @@ async def test_an_event_of_another_version_fails_its_stream_only(stage):
     await other_task
 
 
-async def test_a_lost_ring_costs_a_sweep(stage, monkeypatch):
+async def test_a_lost_ring_costs_a_sweep(stage):
     """Events whose ring nobody heard come with the next sweep."""
     await stage.begin()
     pipe, _ = await stage.watch()
     await settled(stage)
-    monkeypatch.setattr(keys, "EVENT_BELL", "nobody:hears")
-    await stage.say("s", "quiet")
+    with unheard():
+        await stage.say("s", "quiet")
     await asyncio.wait_for(pipe.until(frame_end("quiet")), relays.SWEEP_SECONDS + 1)
+
+
+async def test_a_ring_brings_the_events_themselves(quiet):
+    """What is appended, and the end, reach a live viewer without another look into Redis."""
+    await quiet.begin()
+    pipe, task = await quiet.watch()
+    await settled(quiet)
+    quiet.relay._wires.pop("hub")
+    await quiet.say("s", "a", "b")
+    await quiet.say("s", "c\nd")
+    await pipe.until(frame_end("c\nd"))
+    await quiet.finish()
+    await task
+    assert pipe.body == await quiet.expected()
+
+
+async def test_a_cancelled_sessions_end_comes_with_its_ring(quiet):
+    """The end of a session that waits for a worker is in the ring of its cancel."""
+    await quiet.begin()
+    await quiet.queue.release(Claimed("s", quiet.leases["s"]))
+    pipe, task = await quiet.watch()
+    await settled(quiet)
+    quiet.relay._wires.pop("hub")
+    assert await quiet.queue.cancel("s", "", "requested") == "cancelled"
+    await task
+    assert pipe.body == await quiet.expected()
+
+
+@pytest.mark.parametrize("size", [RING_BYTES - 100, RING_BYTES + 1])
+async def test_a_ring_without_its_events_sends_the_hub_to_the_log(quiet, size):
+    """Events that are too many for a ring are read from the log, at once and in order."""
+    await quiet.begin()
+    pipe, _ = await quiet.watch()
+    await settled(quiet)
+    heard(quiet)
+    await quiet.say("s", "small", "x" * size)
+    await quiet.say("s", "small again")
+    await pipe.until(frame_end("small again"))
+    assert pipe.body == await quiet.expected()
+    assert max(map(len, quiet.rings)) <= RING_BYTES + 8
+
+
+async def test_after_a_lost_ring_the_next_one_fetches_both(quiet):
+    """A ring for events that do not follow the last known one makes the hub read the log."""
+    await quiet.begin()
+    pipe, _ = await quiet.watch()
+    await settled(quiet)
+    with unheard():
+        await quiet.say("s", "a")
+    await quiet.say("s", "b")
+    await pipe.until(frame_end("b"))
+    assert pipe.body == await quiet.expected()
+
+
+async def test_rings_and_the_hub_may_overtake_each_other(quiet):
+    """An event that came by both ways, in whatever order, is written once."""
+    await quiet.begin()
+    pipe, _ = await quiet.watch()
+    await settled(quiet)
+    wire, rung = quiet.relay._wires["bell"], []
+    wire._on_push = rung.extend
+    for text in ("a", "b"):
+        await quiet.say("s", text)
+    quiet.relay._ring(*quiet.relay._channels.values())
+    await pipe.until(frame_end("b"))
+    while len(rung) < 2:
+        await asyncio.sleep(0.001)
+    wire._on_push = quiet.relay._on_bell
+    wire._on_push(rung[::-1])
+    await quiet.say("s", "c")
+    await pipe.until(frame_end("c"))
+    assert pipe.body == await quiet.expected()
+
+
+async def test_events_appended_before_the_subscription_are_read_at_once(quiet):
+    """Who joins while the bell is being connected misses nothing, and waits for no sweep."""
+    await quiet.begin()
+    while "bell" not in quiet.relay._wires:
+        await asyncio.sleep(0.001)
+    quiet.relay._wires.pop("bell")
+    pipe, _ = await quiet.watch()
+    await settled(quiet)
+    while quiet.relay._reading:
+        await asyncio.sleep(0.001)
+    await quiet.say("s", "early")
+    bell = asyncio.create_task(quiet.relay._keep_bell())
+    await pipe.until(frame_end("early"))
+    await stop(bell)
+
+
+async def test_a_repeated_append_rings_only_for_what_is_new(quiet):
+    """A call repeated after a lost reply, with more behind it, is delivered once."""
+    await quiet.begin()
+    pipe, _ = await quiet.watch()
+    await settled(quiet)
+    heard(quiet)
+    events = [encode_event(Delta(0, (1,), text)) for text in ("a", "b", "c")]
+    for count in (2, 2, 3):
+        await quiet.log.append([Append("s", quiet.leases["s"], 1, events[:count])])
+    await pipe.until(frame_end("c"))
+    assert pipe.body == await quiet.expected()
+    assert [ring.partition(b"\n")[0] for ring in quiet.rings] == [b"1", b"3"]
+
+
+async def test_a_gateway_hears_only_what_its_clients_follow(quiet):
+    """Rings of other sessions do not reach this process, nor those of one that nobody follows."""
+    for session_id in ("s", "t"):
+        await quiet.begin(session_id)
+    pipe, task = await quiet.watch()
+    await settled(quiet)
+    redis = quiet.writer.redis
+    assert await redis.pubsub_channels() == [keys.event_bell("s").encode()]
+    await quiet.say("t", "elsewhere")
+    await quiet.say("s", "here")
+    await pipe.until(frame_end("here"))
+    await stop(task)
+    while await redis.pubsub_channels():
+        await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])
@@ -382,7 +529,8 @@ async def test_a_client_that_is_ahead_of_the_hub_gets_each_event_once(stage):
     await settled(stage)
     [channel] = stage.relay._channels.values()
     stage.relay._wires.pop("hub")  # as if it were slow
-    await stage.say("s", "a", "b")
+    with unheard():
+        await stage.say("s", "a", "b")
     ahead, _ = await stage.watch(after=2)
     for _ in range(20):
         await asyncio.sleep(0.001)
@@ -403,7 +551,8 @@ async def test_the_seen_end_is_read_again_but_not_sent(stage):
     await stage.watch()
     await settled(stage)
     stage.relay._wires.pop("hub")
-    await stage.finish()
+    with unheard():
+        await stage.finish()
     pipe, task = await stage.watch(after=1, seen=2)
     await task
     assert pipe.body == sse.DONE
