@@ -40,6 +40,7 @@ VENV = ROOT / ".venv"
 DEMO_MODEL = "models/demo"
 RUNTIME = ("requirements-gateway.txt", "requirements-worker.txt")
 DEVELOPMENT = (*RUNTIME, "requirements-dev.txt")
+DRAIN_SECONDS = "20"  # as in shared/settings.py, which needs packages: a test compares the two
 LOAD_FAILED = "could not be loaded"  # what `/ready` says when waiting longer is no use
 
 REDIS_CONF = """bind 127.0.0.1
@@ -184,6 +185,14 @@ def setting(name: str, default: str) -> str:
     return os.environ.get(name) or default
 
 
+def drain_seconds() -> float:
+    """Return how long the parts may take to finish their work; they refuse what is no number."""
+    try:
+        return float(setting("DRAIN_SECONDS", DRAIN_SECONDS))
+    except ValueError:
+        return float(DRAIN_SECONDS)
+
+
 def choose_model(wish: str) -> str:
     """Return the model's repository id, or its folder as seen from the root."""
     if wish and (folder := Path(wish).expanduser().resolve()).is_dir():
@@ -203,7 +212,7 @@ def up(args: argparse.Namespace) -> int:
     python = sys.executable if args.no_install else install(RUNTIME)
     if model == DEMO_MODEL:
         make_demo_model(python)
-    stack = Stack(args.data_dir.resolve(), setting("REDIS_URL", ""))
+    stack = Stack(args.data_dir.resolve(), setting("REDIS_URL", ""), drain_seconds())
     try:
         if not stack.redis_url:
             start_redis(stack, python)
@@ -224,7 +233,7 @@ def up(args: argparse.Namespace) -> int:
         while True:
             stack.tend()
     except KeyboardInterrupt:
-        say("stopping")
+        say("stopping (what runs is finished first; once more ends it at once)")
         return 0
     finally:
         stack.stop()

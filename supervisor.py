@@ -18,7 +18,7 @@ from pathlib import Path
 TICK = 0.1  # seconds between two looks at the parts
 TRIES = 2  # starts before the stack is ready: what cannot start fails the same way each time
 SHORT_LIFE = 10.0  # seconds; who dies younger waits longer for the next start
-GRACE = 8.0  # seconds from SIGTERM to SIGKILL
+GRACE = 8.0  # seconds from SIGTERM to SIGKILL, beside the time that a part may drain
 LOCK_PATIENCE = 3.0  # seconds that the guard of a killed run.py gets to clear up
 
 # A process that outlives a killed run.py, and then kills the process groups it was told of.
@@ -135,13 +135,15 @@ class Stack:
     Args:
         data: where logs, `run.json` and Redis's files go; one stack at a time may use it.
         redis_url: address of a Redis that is not ours; else empty until ours is added.
+        drain: seconds that a gateway or a worker may take to finish its work before it ends.
 
     Raises:
         Problem: another stack uses the folder.
     """
 
-    def __init__(self, data: Path, redis_url: str) -> None:
+    def __init__(self, data: Path, redis_url: str, drain: float = 0.0) -> None:
         self.data, self.redis_url, self.ready = data, redis_url, False
+        self._drain = drain
         self.parts: list[Part] = []
         (data / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = (data / "lock").open("a")
@@ -225,10 +227,15 @@ class Stack:
     def stop(self) -> None:
         """Stop gateways, then workers, then Redis; another Ctrl-C kills what is left."""
         patience = len(stop_signals)
-        for group in map(self.of, ("gateway", "worker", "redis")):
+        for kind, grace in (
+            ("gateway", GRACE + self._drain),
+            ("worker", GRACE + self._drain),
+            ("redis", GRACE),
+        ):
+            group = self.of(kind)
             for part in filter(Part.runs, group):
                 os.kill(part.pid, signal.SIGTERM)
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + grace
             while any(map(Part.runs, group)) and time.monotonic() < deadline:
                 if len(stop_signals) > patience:
                     break

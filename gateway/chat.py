@@ -61,7 +61,8 @@ async def chat_completions(request: Request) -> Response:
         usage = chat.include_usage
         return _stream(services, session_id, record, after=-1, include_usage=usage)
     try:
-        answer = await sse.while_connected(request.receive, _collect(services, session_id, record))
+        work = services.drain.in_time(_collect(services, session_id, record))
+        answer = await sse.while_connected(request.receive, work)
     except sse.Disconnected:
         return Response(status_code=499)  # nobody reads it
     return JSONResponse(answer, headers={"x-session-id": session_id})
@@ -157,7 +158,8 @@ def _stream(
     async def source(connection: Connection) -> None:
         idle_seconds = services.settings.keepalive_seconds
         viewer = Viewer(connection, frames, start, after, idle_seconds)
-        await services.relay.deliver(session_id, viewer)
+        with services.drain.streaming(connection):
+            await services.relay.deliver(session_id, viewer)
 
     return sse.EventStreamResponse(source, {"x-session-id": session_id})
 

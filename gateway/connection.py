@@ -17,6 +17,9 @@ SERVER_SEND = "gateway.send"
 """Where a request's scope holds the server's own `send`: the outermost middleware puts it there, so
 that a stream's events need not pass through wrappers that look at a response's start alone."""
 
+TRANSPORT = ("write", "close", "abort")
+"""What a connection asks of the server's transport."""
+
 
 class _Rest:
     """What is left of a call that has begun and waits: awaiting it goes on where it stands."""
@@ -75,6 +78,21 @@ class Connection:
         """Write, and wait until the server has taken it."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    def close(self) -> bool:
+        """Break the connection off behind what was written, without the end of the response.
+
+        The client sees that something is missing, and the request ends as if the client had left.
+        Returns False where the server gives no way to do it.
+        """
+        if self._cycle is not None:
+            self._cycle.transport.close()
+        return self._cycle is not None
+
+    def abort(self) -> None:
+        """Break the connection, whatever the client has yet to read; see `close`."""
+        if self._cycle is not None:
+            self._cycle.transport.abort()
+
 
 def uvicorn_cycle(send: Callable[..., Any]) -> Any:
     """Return what `send` belongs to, if it is uvicorn's and sends the body in chunks; else None."""
@@ -87,7 +105,7 @@ def uvicorn_cycle(send: Callable[..., Any]) -> Any:
         and getattr(cycle, "response_complete", None) is False
         and getattr(cycle, "disconnected", None) in (True, False)
         and isinstance(getattr(getattr(cycle, "flow", None), "write_paused", None), bool)
-        and callable(getattr(getattr(cycle, "transport", None), "write", None))
+        and all(callable(getattr(getattr(cycle, "transport", None), m, None)) for m in TRANSPORT)
         and cycle.scope.get("method") != "HEAD"
     )
     return cycle if known else None

@@ -23,13 +23,18 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, Any]:
-    """Say whether Redis answers and a worker has a model ready; else 503 with the reason."""
+    """Say whether Redis answers and a worker has a model ready; else 503 with the reason.
+
+    `not_ready` tells what the other workers do, one sentence for each.
+    """
     services: Services = request.app.state.services
-    workers = await services.models.ready()
+    models = await services.models.ready()
+    workers = await services.models.workers()
     return {
         "status": "ready",
-        "models": [worker.model for worker in workers],
-        "workers": sum(w.state == "ready" for w in await services.models.workers()),
+        "models": [worker.model for worker in models],
+        "workers": sum(w.state == "ready" for w in workers),
+        "not_ready": [f"{w.state}: {w.reason}" for w in workers if w.state != "ready"],
         "queue_depth": await services.queue.depth(),
     }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import secrets
+import sys
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -19,6 +21,7 @@ from gateway import chat, health, sessions
 from gateway.admission import ReadyModels
 from gateway.auth import Authenticator
 from gateway.connection import SERVER_SEND
+from gateway.drain import Drain
 from gateway.history import ArchiveThread, History
 from gateway.relay import Relay
 from gateway.state import Services
@@ -33,6 +36,7 @@ from shared.settings import GatewaySettings
 from shared.store import LOST, UNAVAILABLE, Store, connect
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator
 
     from starlette.requests import Request
@@ -41,7 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.gateway")
 
 RETRY_SECONDS = 2
-GRACE_SECONDS = 5
+LAST_SECONDS = 2
+"""What the last answers may take after the drain time."""
 
 
 class RequestIds:
@@ -137,6 +142,7 @@ def make_services(settings: GatewaySettings) -> Services:
         relay=Relay(bell, history, presence),
         models=ReadyModels(Fleet(store)),
         upkeep=Upkeep(Sweeper(store, queue, presence), archiver, tuple(threads)),
+        drain=Drain(settings.drain_seconds),
     )
 
 
@@ -186,21 +192,40 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     return app
 
 
+class Server(uvicorn.Server):
+    """uvicorn, whose shutdown begins with leaving the clients: see `gateway.drain`."""
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing more, leave the clients, and end."""
+        self._drain.begin()
+        await super().shutdown(sockets)
+
+
 def main() -> None:
     """Serve HTTP as this process."""
     settings = GatewaySettings()
     logs.configure(settings.log_level)
-    app = RequestIds(create_app(settings))
+    app = create_app(settings)
     tune_garbage_collection()
-    uvicorn.run(
-        app,
+    config = uvicorn.Config(
+        RequestIds(app),
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + LAST_SECONDS,
         server_header=False,
     )
+    services: Services = app.state.services
+    server = Server(config, services.drain)
+    with contextlib.suppress(KeyboardInterrupt):  # the signal that ended it, raised again
+        server.run()
+    if not server.started:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

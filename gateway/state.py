@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gateway.admission import ReadyModels
     from gateway.auth import Authenticator
+    from gateway.drain import Drain
     from gateway.history import History
     from gateway.relay import Relay
     from gateway.upkeep import Upkeep
@@ -30,3 +31,4 @@ class Services:
     relay: Relay
     models: ReadyModels
     upkeep: Upkeep
+    drain: Drain

@@ -21,6 +21,7 @@ class SharedSettings(BaseSettings):
     sessions_ttl_seconds: int = Field(default=3600, ge=1)
     cancel_after_disconnect_seconds: float = Field(default=3600, ge=0)
     persist_sessions: Flag = False
+    drain_seconds: float = Field(default=20, ge=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
@@ -56,5 +57,4 @@ class WorkerSettings(SharedSettings):
     media_timeout_seconds: float = Field(default=20, gt=0)
     media_processes: int = Field(default=1, ge=1)
     allow_private_media_hosts: Flag = False
-    drain_seconds: float = Field(default=20, ge=0)
     engine_threads: int = Field(default=1, ge=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from shared.settings import GatewaySettings, WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +163,9 @@ def test_each_check_can_fail(tmp_path: Path) -> None:
     ]
     assert MACHINE_PATHS.search("see /work/x")
     assert not MACHINE_PATHS.search("see https://a.b/work/x or docs/work/x")
+
+
+def test_run_py_knows_the_drain_time() -> None:
+    """The supervisor, which has no packages, waits as long as the parts drain by default."""
+    assert float(run.DRAIN_SECONDS) == WorkerSettings.model_fields["drain_seconds"].default
+    assert float(run.DRAIN_SECONDS) == GatewaySettings.model_fields["drain_seconds"].default
