@@ -10,7 +10,7 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Hashable, Sequence
+    from collections.abc import Awaitable, Collection, Hashable, Sequence
 
     from gateway.connection import Connection
     from gateway.sse import Frames
@@ -23,6 +23,9 @@ LARGE = 4096
 
 HUB_EVENTS = 64
 """Events of a session that the hub reads at once."""
+
+XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
+"""The head of the hub's command, put together by hand: it is sent once a second for all."""
 
 Item = tuple[bytes, list[bytes]]
 """A stream's entry as Redis sends it: its id, and its fields."""
@@ -272,3 +275,10 @@ class Channel:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+def next_entries(channels: Collection[Channel]) -> bytes:
+    """Return the command that reads what these sessions' logs hold behind their `last`."""
+    head = XREAD % (4 + 2 * len(channels), len(b"%d" % HUB_EVENTS), HUB_EVENTS)
+    names, places = ([c.name_word for c in channels], [c.place_word for c in channels])
+    return b"".join((head, *names, *places))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import sse
+from gateway import meter, sse
 from gateway.admission import parse_json, read_body
 from gateway.channel import Viewer
 from gateway.openai import ChatCompletionRequest, ChatRequest, parse_chat
 from gateway.render import ChunkRenderer, CompletionBuilder
 from gateway.submission import NOT_FOUND, chosen_id, say_watched, submit
+from shared import metrics
 from shared.errors import UnbrokenError
 from shared.protocol import decode_event
 
@@ -140,6 +141,7 @@ async def resume(services: Services, owner: str, cursor: Cursor, body: bytes) ->
             include_usage = options.get("include_usage") is True
     record = await owned_record(services, cursor.session_id, owner)
     await check_place(services, cursor.session_id, record, cursor.index)
+    meter.resumed()
     log.info("resume", extra={"session": cursor.session_id, "index": cursor.index})
     usage = record.include_usage if include_usage is None else include_usage
     return _stream(services, cursor.session_id, record, after=cursor.index, include_usage=usage)
@@ -158,7 +160,7 @@ def _stream(
     async def source(connection: Connection) -> None:
         idle_seconds = services.settings.keepalive_seconds
         viewer = Viewer(connection, frames, start, after, idle_seconds)
-        with services.drain.streaming(connection):
+        with services.drain.streaming(connection), metrics.STREAMS.track_inprogress():
             await services.relay.deliver(session_id, viewer)
 
     return sse.EventStreamResponse(source, {"x-session-id": session_id})
@@ -168,6 +170,8 @@ async def _collect(services: Services, session_id: str, record: SessionRecord) -
     """Follow a session to its end and return the whole completion."""
     builder = CompletionBuilder(session_id, record)
     async for entries in services.relay.follow(session_id, -1, services.settings.keepalive_seconds):
+        if entries:
+            meter.delivered(session_id, entries[0].index, len(entries))
         for entry in entries:
             answer = builder.add(decode_event(entry.data))
             if answer is not None:

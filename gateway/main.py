@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from gateway import chat, health, sessions
+from gateway import chat, health, meter, sessions
 from gateway.admission import ReadyModels
 from gateway.auth import Authenticator
 from gateway.connection import SERVER_SEND
@@ -26,7 +26,7 @@ from gateway.history import ArchiveThread, History
 from gateway.relay import Relay
 from gateway.state import Services
 from gateway.upkeep import Archiver, Upkeep
-from shared import logs
+from shared import logs, metrics
 from shared.archive import hold_seconds
 from shared.errors import UnbrokenError
 from shared.fleet import Fleet
@@ -62,10 +62,13 @@ class RequestIds:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         logs.request_id.set(request_id)
+        measured = meter.RequestMeter()
+        meter.current.set(measured)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            measured.sent(message)
             await send(message)
 
         scope[SERVER_SEND] = send
@@ -73,9 +76,11 @@ class RequestIds:
             await self._app(scope, receive, send_with_id)
         finally:
             del scope[SERVER_SEND]  # a cycle: the server's `send` knows the scope
+            measured.end(scope)
 
 
 def _answer(error: UnbrokenError) -> JSONResponse:
+    metrics.ERRORS.labels(error.code).inc()
     headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
     if error.kind.status == 409:  # the SDKs try these again by themselves, to no avail
         headers["x-should-retry"] = "false"
@@ -132,6 +137,7 @@ def make_services(settings: GatewaySettings) -> Services:
     if archived:
         archive_seconds = settings.archive_ttl_seconds
         archiver = Archiver(store, threads[1], kept_seconds=kept, archive_seconds=archive_seconds)
+    models = ReadyModels(Fleet(store))
     return Services(
         settings=settings,
         store=store,
@@ -140,9 +146,10 @@ def make_services(settings: GatewaySettings) -> Services:
         presence=presence,
         queue=queue,
         relay=Relay(bell, history, presence),
-        models=ReadyModels(Fleet(store)),
+        models=models,
         upkeep=Upkeep(Sweeper(store, queue, presence), archiver, tuple(threads)),
         drain=Drain(settings.drain_seconds),
+        probe=meter.Probe(queue, models),
     )
 
 
@@ -181,7 +188,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.services = make_services(settings)
-    for module in (chat, sessions, health):
+    for module in (chat, sessions, health, meter):
         app.include_router(module.router)
     app.add_exception_handler(UnbrokenError, _on_unbroken)
     app.add_exception_handler(HTTPException, _on_http)

@@ -14,7 +14,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from gateway.channel import HUB_EVENTS, Channel
+from gateway import meter
+from gateway.channel import HUB_EVENTS, Channel, next_entries
 from gateway.wire import connect, pack
 from shared import keys
 from shared.errors import UnbrokenError
@@ -55,9 +56,6 @@ CARE_SESSIONS = 64
 
 BELL_PREFIX = len(keys.EVENT_BELL)
 
-XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
-"""The head of the hub's command, put together by hand: it is sent once a second for all."""
-
 PING = pack("PING")
 
 
@@ -76,8 +74,14 @@ class Relay:
         self._channels: dict[bytes, Channel] = {}
         self._rung: dict[Channel, None] = {}
         self._reading: dict[bytes, Channel] = {}  # what the hub waits for
+        self._asked_at = 0.0  # monotonic: when the hub asked for what it waits for
         self._wires: dict[str, Wire] = {}
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def followed(self) -> int:
+        """How many sessions are followed."""
+        return len(self._channels)
 
     def start(self) -> None:
         """Begin to listen."""
@@ -203,6 +207,7 @@ class Relay:
 
     def _on_bell(self, messages: list[Any]) -> None:
         """Hand out what rings bring; let the hub read what they do not."""
+        heard_at, taken = time.monotonic(), 0
         writes: Writes = []
         behind: list[Channel] = []
         for message in messages:
@@ -217,7 +222,9 @@ class Relay:
                 first, *events = message[2].split(b"\n")
                 if not events or not channel.extend(int(first), events, writes):
                     behind.append(channel)
-        _push(writes)
+                else:
+                    taken += len(events)
+        _push(writes, heard_at, taken)
         if behind:
             self._ring(*behind)
 
@@ -236,9 +243,8 @@ class Relay:
                 self._reading[channel.name] = channel
         reading = self._reading.values()
         if reading:
-            head = XREAD % (4 + 2 * len(reading), len(b"%d" % HUB_EVENTS), HUB_EVENTS)
-            names, places = ([c.name_word for c in reading], [c.place_word for c in reading])
-            wire.send(b"".join((head, *names, *places)), self._on_entries)
+            self._asked_at = time.monotonic()
+            wire.send(next_entries(reading), self._on_entries)
 
     def _on_entries(self, reply: list[tuple[bytes, list[Item]]] | Exception | None) -> None:
         """Hand out what the hub has read, and read on."""
@@ -252,7 +258,7 @@ class Relay:
             channel.take_entries(items, writes)
             if len(items) == HUB_EVENTS:
                 self._rung[channel] = None
-        _push(writes)
+        _push(writes, self._asked_at, sum(len(items) for _, items in reply or ()))
         self._read()
 
     async def _sweep(self) -> None:
@@ -307,10 +313,13 @@ def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
         yield everyone[i : i + CARE_SESSIONS]
 
 
-def _push(writes: Writes) -> None:
+def _push(writes: Writes, since: float, events: int) -> None:
+    """Write to the viewers what came of so many events, heard of at the monotonic time `since`."""
     now = time.monotonic()
     for viewer, data in writes:
         viewer.push(data, now)
+    if events:
+        meter.burst(since, events)
 
 
 def _note_missing(channel: Channel) -> None:

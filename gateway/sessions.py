@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import sse
+from gateway import meter, sse
 from gateway.chat import _collect, _stream, check_place, cursor_of, owned_record
 from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
@@ -116,4 +116,6 @@ async def _events(
     if record.has_ended and after == record.last:
         return Response(status_code=204, headers={"x-session-id": session_id})
     await check_place(services, session_id, record, after)
+    if cursor:
+        meter.resumed()
     return _stream(services, session_id, record, after=after, include_usage=record.include_usage)

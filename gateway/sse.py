@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 from starlette.responses import Response
 
+from gateway import meter
 from gateway.connection import SERVER_SEND, Connection
+from shared import metrics
 from shared.errors import UnbrokenError
 from shared.protocol import Delta, Finished, Terminal, decode_event
 from shared.tasks import AGAIN_SECONDS, stop
@@ -107,6 +109,7 @@ class Frames:
         Raises:
             msgspec.ValidationError: an event is not of this version.
         """
+        meter.delivered(self._session_id, first, len(events))
         out: list[bytes] = []
         for index, data in enumerate(events, first):
             if data.startswith(b'["d",') and index:
@@ -150,6 +153,7 @@ class Frames:
 
 def error_frames(error: UnbrokenError) -> bytes:
     """Return how a stream ends that cannot go on: an error without an id, and `[DONE]`."""
+    metrics.ERRORS.labels(error.code).inc()
     return bare_frame(msgspec.json.encode(error.body())) + DONE
 
 

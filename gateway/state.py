@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gateway.auth import Authenticator
     from gateway.drain import Drain
     from gateway.history import History
+    from gateway.meter import Probe
     from gateway.relay import Relay
     from gateway.upkeep import Upkeep
     from shared.presence import Presence
@@ -32,3 +33,4 @@ class Services:
     models: ReadyModels
     upkeep: Upkeep
     drain: Drain
+    probe: Probe

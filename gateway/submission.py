@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from gateway import meter
 from shared.archive import ArchiveError
 from shared.errors import UnbrokenError
 from shared.protocol import GenerationRequest
@@ -66,6 +67,7 @@ async def submit(
     if unreadable and outcome == "full":
         raise unreadable
     _refuse(outcome)
+    meter.submitted(outcome, session_id, worker.model)
     log.info("session %s", outcome, extra={"session": session_id})
     record = await services.log.record(session_id)
     if record is None:

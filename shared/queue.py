@@ -9,6 +9,7 @@ import msgspec
 from arq.jobs import serialize_job
 
 from shared import keys
+from shared.metrics import CANCELS
 from shared.presence import watch_ttl_ms
 from shared.protocol import Finished, Started, Usage, encode_event, encode_request
 
@@ -143,6 +144,9 @@ class SessionQueue:
         args += [keys.LIVE_TTL, self._kept, terminal, msgspec.json.encode(Usage())]
         args += [int(self._archived), int(reason == "abandoned")]
         reply: bytes = await self._store.run("cancel", names, args)
+        if reply == b"dequeued":
+            CANCELS.labels(reason).inc()
+            return "cancelled"
         return reply.decode()
 
     async def wait_for_work(self, seconds: float) -> None:

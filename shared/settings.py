@@ -58,3 +58,5 @@ class WorkerSettings(SharedSettings):
     media_processes: int = Field(default=1, ge=1)
     allow_private_media_hosts: Flag = False
     engine_threads: int = Field(default=1, ge=1)
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)

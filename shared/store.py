@@ -19,6 +19,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from shared.metrics import REDIS_SECONDS
+
 LUA = Path(__file__).parent / "lua"
 LOST = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
 """What a client sees while Redis is away or restarting: worth another try."""
@@ -83,7 +85,8 @@ class Store:
             RedisError: the connection is lost for good, or the script failed.
         """
         try:
-            return await self._scripts[script](keys=keys, args=args)
+            with REDIS_SECONDS.labels(script).time():
+                return await self._scripts[script](keys=keys, args=args)
         except ResponseError as error:
             if str(error).startswith(REFUSALS):
                 raise RefusedError(str(error)) from None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from shared import metrics
 from shared.errors import UnbrokenError
 from worker.child_entry import receive, send
 
@@ -248,6 +249,7 @@ class ChildPool:
 
     async def _release(self, slot: _Slot) -> None:
         if slot.child is not None and not slot.child.alive and not self._closed:
+            metrics.CHILD_DEATHS.labels(self._target.partition(":")[0].rpartition(".")[2]).inc()
             log.warning("a child of %s ended (%s)", self._target, slot.child.process.returncode)
             try:
                 await self._fill(slot)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from arq.connections import ArqRedis
 from arq.worker import Worker, func
 
-from shared import keys
+from shared import keys, metrics
 from shared.errors import UnbrokenError
 from shared.presence import SWEEP_SECONDS, Sweeper
 from shared.queue import (
@@ -180,6 +180,7 @@ class LeasedWorker(Worker):
         try:
             await job.run()
         except LeaseLost:
+            metrics.LEASES_LOST.inc()
             log.info("session dropped", extra={"session": session_id})
         except OtherModel:
             await asyncio.sleep(OTHERS_SECONDS)  # let the right worker take it
@@ -203,6 +204,7 @@ class LeasedWorker(Worker):
     async def _give_back(self, claimed: Claimed, *, blameless: bool) -> None:
         try:
             if await self._queue.release(claimed, blameless=blameless):
+                metrics.GIVEN_BACK.inc()
                 log.info("session given back", extra={"session": claimed.session_id})
         except FAILED:  # its lease runs out by itself
             log.warning("could not give back", extra={"session": claimed.session_id})

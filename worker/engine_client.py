@@ -1,7 +1,6 @@
 """The asyncio side of the engine: starts its process, sends commands, hands out what comes back.
 
-It watches the process and starts another where it dies. Sequences do not outlive it: their owner is
-told, and decides whether to continue them.
+It watches the process and starts another where it dies, which sequences do not outlive.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.protocol import CancelReason
+from worker import meter
 from worker.engine.channel import Disconnected, FrameReader, encode, send_frame
 from worker.engine.messages import (
     Abort,
@@ -131,7 +131,7 @@ class EngineClient:
 
         `sink` is called in the event loop, never from within this call, with each of its outputs,
         the last of which bears `finish` or `error`; or with None, at any time, and nothing after:
-        the engine died, or there is none. It must not block. While the model loads, sequences wait.
+        the engine died, or there is none. While the model loads, sequences wait.
         """
         self._sinks[message.handle] = sink
         if self._process is None or self.state.phase in ("failed", "dead"):
@@ -149,10 +149,7 @@ class EngineClient:
         self._sinks.pop(handle, None)
 
     async def restart(self, reason: str = "The engine is restarted.") -> None:
-        """End the process at once, tell its sequences that it died, and start a new one.
-
-        For an engine that hangs, or one whose model may load now.
-        """
+        """End the process at once (it may hang), tell its sequences, and start a new one."""
         await self._cancel_restart()
         await self._leave(reason)
         await self.start()
@@ -224,6 +221,7 @@ class EngineClient:
             self._bury(self._sinks)
 
     def _on_step(self, step: Step) -> None:
+        meter.step(step, self.state.ready)
         for output in step.outputs:
             last = output.finish is not None or output.error is not None
             sink = (self._sinks.pop if last else self._sinks.get)(output.handle, None)
@@ -252,6 +250,7 @@ class EngineClient:
         while self._process is None:
             delay = self._restart_delays[min(self._deaths, len(self._restart_delays) - 1)]
             self._deaths += 1
+            meter.engine_restarted()
             await asyncio.sleep(delay)
             try:
                 await self.start()

@@ -10,6 +10,7 @@ from shared import protocol
 from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, Usage
 from worker.engine.messages import Add
+from worker.meter import RunMeter
 from worker.publisher import Ending
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class SessionJob:
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer: SessionWriter | None = None
         self._prompt_tokens = 0
+        self._meter: RunMeter | None = None
 
     def cancel(self, reason: CancelReason) -> None:
         """End the session at its next step, or now where it is not in the engine yet."""
@@ -95,13 +97,16 @@ class SessionJob:
         self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
         extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}
         log.info("stream start", extra=extra)
+        self._meter = meter = RunMeter(record.model, record, self.claimed.lease)
         try:
             ending = await self._generate(raw, record.attempts)
             self._drop_handles()
             if not await writer.finish(ending):
                 raise LeaseLost
+            meter.ended(ending)
             log.info("stream stop", extra={"session": sid, "status": ending.status})
         finally:
+            meter.close()
             self._drop_handles()
             writer.close()
 
@@ -169,6 +174,8 @@ class SessionJob:
         self, prompt: Prompt, request: GenerationRequest, generated: Sequence[tuple[int, ...]]
     ) -> None:
         self._prompt_tokens = len(prompt.input_ids)
+        if self._meter:
+            self._meter.in_engine(self._prompt_tokens, generated)
         for choice in range(request.sampling.n):
             handle = self._parts.engine.new_handle()
             self._handles[handle] = choice
@@ -193,6 +200,8 @@ class SessionJob:
             self._done.set_exception(UnbrokenError(*output.error))
             return
         self._counts[choice] = output.completion_tokens, output.reasoning_tokens
+        if self._meter:
+            self._meter.output(choice, output.completion_tokens)
         assert self._writer is not None  # noqa: S101 - run() opened it before the engine
         for piece in output.pieces:
             self._writer.write(Delta(choice, piece.ids, piece.text, piece.channel))

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Literal
 
-from shared import logs
+from shared import logs, metrics
 from shared.archive import hold_seconds
 from shared.fleet import ANNOUNCE_SECONDS, Fleet, WorkerInfo
 from shared.presence import Presence
@@ -20,6 +20,7 @@ from shared.session_log import SessionLog
 from shared.settings import WorkerSettings
 from shared.store import FAILED, Store, connect
 from shared.tasks import stop
+from worker import meter
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig
 from worker.engine_client import EngineClient
@@ -79,6 +80,7 @@ class WorkerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         log.info("startup", extra={"worker": self.id, "model": self._settings.model_repo_id})
+        end_metrics = meter.serve(self._settings.metrics_host, self._settings.metrics_port)
         self._publisher.start()
         announcing = asyncio.create_task(self._announce_forever(), name="announce")
         starting = asyncio.create_task(self._start_parts(), name="start")
@@ -90,6 +92,7 @@ class WorkerProcess:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._shut_down(starting, announcing)
+            end_metrics()
         for task in (starting, serving):
             if task.done() and not task.cancelled():
                 task.result()  # a bug is no clean exit
@@ -105,8 +108,10 @@ class WorkerProcess:
             self._since = self._since or int(time.time())
             log.info("model ready", extra={"model": self._settings.model_repo_id})
             self._consumer.can_claim.set()
+            metrics.WORKER_READY.set(1)
         elif not ready:
             self._consumer.can_claim.clear()
+            metrics.WORKER_READY.set(0)
 
     def _info(self) -> WorkerInfo:
         state, ready = self._engine.state, self._engine.state.ready

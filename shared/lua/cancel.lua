@@ -4,7 +4,7 @@
 -- KEYS: session, events, request, job, watch, cancel, queue, outbox, leases
 -- ARGV: 1 id, 2 owner, 3 event bell, 4 reason, 5 live ttl s, 6 kept s, 7 terminal event, 8 usage,
 --       9 to be archived (1) or not (0), 10 abandoned (1): whoever the owner, unless watched
--- Returns missing | watched | cancelling | the status it ended with
+-- Returns missing | watched | cancelling | dequeued (this call cancelled it) | the status it ended with
 local record = redis.call('HMGET', KEYS[1], 'owner', 'status', 'last')
 if not record[2] or (ARGV[10] ~= '1' and record[1] ~= ARGV[2]) then return 'missing' end
 if ARGV[10] == '1' and redis.call('EXISTS', KEYS[5]) == 1 then return 'watched' end
@@ -34,4 +34,4 @@ if ARGV[9] == '1' then  -- as in finish.lua
   redis.call('EXPIRE', KEYS[8], ARGV[6])
 end
 redis.call('PUBLISH', ARGV[3], index .. '\n' .. ARGV[7])
-return 'cancelled'
+return 'dequeued'

@@ -63,6 +63,7 @@ class Engine:
         self.scheduler = Scheduler(max_batch_size)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
+        self._batch = 0
 
     @property
     def idle(self) -> bool:
@@ -104,8 +105,14 @@ class Engine:
             # From the last row down: a row that ends too is not moved first.
             for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
                 self._remove(sequence)
+        self._batch = len(rows)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
+
+    def load(self) -> tuple[int, float]:
+        """Return how many sequences the last step ran, and the share of the cache in use."""
+        used = sum(sequence.length for sequence in self.scheduler.running)
+        return self._batch, used / (self.scheduler.max_batch_size * self.loaded.context_length)
 
     def _add(self, add: Add) -> None:
         context = self.loaded.context_length

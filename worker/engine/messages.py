@@ -126,9 +126,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Step:
-    """All outputs of one step: one message per step."""
+    """All outputs of one step: one message per step.
+
+    `batch` sequences ran in it; `cache_usage` (0 to 1) is the share of the cache's places that hold
+    a token.
+    """
 
     outputs: tuple[Output, ...]
+    batch: int = 0
+    cache_usage: float = 0.0
 
 
 Report = Union[Loading, Ready, LoadFailed, Step]

@@ -98,7 +98,7 @@ def _serve(channel: Channel, engine: Engine) -> None:
             engine.handle(command)
         outputs = engine.step()
         if outputs:
-            channel.send(Step(outputs))
+            channel.send(Step(outputs, *engine.load()))
 
 
 def _die_with_parent() -> None:
