@@ -98,6 +98,7 @@ def main() -> None:
     tune_garbage_collection()
     uvicorn.run(
         app,
+        loop="asyncio",
         port=plan.port,
         log_config=None,
         access_log=False,

@@ -213,13 +213,14 @@ class Server(uvicorn.Server):
 
 
 def main() -> None:
-    """Serve HTTP as this process."""
+    """Serve HTTP as this process, on asyncio's own event loop whatever else is installed."""
     settings = GatewaySettings()
     logs.configure(settings.log_level)
     app = create_app(settings)
     tune_garbage_collection()
     config = uvicorn.Config(
         RequestIds(app),
+        loop="asyncio",
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
+from redis.exceptions import OutOfMemoryError
 
 from gateway import meter
 from shared.archive import ArchiveError
@@ -85,9 +87,13 @@ async def _archived(
 
 
 async def say_watched(services: Services, session_id: str, record: SessionRecord) -> None:
-    """Say at once that somebody watches: whoever comes back late must not have come in vain."""
+    """Say at once that somebody watches: whoever comes back late must not have come in vain.
+
+    A Redis that is full refuses this, but can be read: that is no reason to send a reader away.
+    """
     if not record.has_ended:
-        await services.presence.watching([session_id])
+        with contextlib.suppress(OutOfMemoryError):
+            await services.presence.watching([session_id])
 
 
 def _attach(known: SessionRecord, owner: str, chat: ChatRequest) -> SessionRecord:

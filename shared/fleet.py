@@ -39,8 +39,13 @@ class Fleet:
         self._redis = store.redis
 
     async def announce(self, info: WorkerInfo) -> None:
-        """Say that a worker lives, and what it does; to be repeated every `ANNOUNCE_SECONDS`."""
+        """Say that a worker lives, and what it does; to be repeated every `ANNOUNCE_SECONDS`.
+
+        Raises:
+            OutOfMemoryError: Redis is full; a worker that it knows stays registered nevertheless.
+        """
         async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.pexpire(keys.worker(info.id), keys.WORKER_TTL_MS)
             pipe.set(keys.worker(info.id), msgspec.json.encode(info), px=keys.WORKER_TTL_MS)
             pipe.zadd(keys.WORKERS, {info.id: time.time()})
             pipe.zremrangebyrank(keys.WORKERS, 0, -10_001)

@@ -44,15 +44,15 @@ def connect(url: str, *, retries: int = 3, socket_timeout: float = 5.0) -> Redis
     """Make a client (it connects on first use).
 
     Args:
-        url: `redis://` or `rediss://`, with password and database.
+        url: `redis://`, `rediss://` or `unix://`, with password and database.
         retries: attempts after a lost connection, with jitter, at most half a second apart.
         socket_timeout: seconds; must exceed the `BLOCK` of any blocking command.
     """
+    tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
     redis: Redis = Redis.from_url(
         url,
         socket_timeout=socket_timeout,
         socket_connect_timeout=2.0,
-        socket_keepalive=True,
         health_check_interval=15,
         retry=Retry(
             EqualJitterBackoff(cap=0.5, base=0.02),
@@ -60,6 +60,7 @@ def connect(url: str, *, retries: int = 3, socket_timeout: float = 5.0) -> Redis
             supported_errors=(RedisConnectionError, RedisTimeoutError, OSError),  # type: ignore[arg-type]
         ),
         retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError],
+        **tcp,
     )
     return redis
 

@@ -32,6 +32,14 @@ class ScriptedWorker:
             self._next[claimed.session_id] = record.last + 1
         return claim.sessions
 
+    async def next(self) -> Claimed:
+        """Wait for a session, and claim it; stays announced meanwhile."""
+        while True:
+            await self.announce()
+            if claims := await self.claim():
+                return claims[0]
+            await self.queue.wait_for_work(0.2)
+
     async def say(self, claimed: Claimed, text: str, channel="content") -> int:
         """Append one delta; returns what `append` answers."""
         index = self._next[claimed.session_id]

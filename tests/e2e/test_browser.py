@@ -6,6 +6,7 @@ import random
 import shutil
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from shared.protocol import GenerationRequest, Message, SamplingParams
@@ -13,6 +14,7 @@ from shared.queue import Submission
 from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
 from tests.scripted import ScriptedWorker
+from tests.stack import ROOT
 
 playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -23,6 +25,7 @@ pytestmark = [
 ]
 
 CUTS = 20
+FETCH = ROOT / "clients" / "js" / "unbroken-fetch.js"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -39,6 +42,28 @@ source.onmessage = (event) => {
     kept.ids.push(event.lastEventId);
   }
   sessionStorage.setItem("kept", JSON.stringify(kept));
+};
+</script>"""
+
+
+FETCHING = """<!doctype html><title>a chat</title><script type="module">
+import { resumingFetch } from "./unbroken-fetch.js";
+window.kept = { text: "", session: "", ended: "" };
+window.ask = async () => {
+  const send = resumingFetch(undefined, { backoffMs: 20, maxBackoffMs: 200 });
+  const response = await send("/v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ stream: true, messages: [{ role: "user", content: "Tell me." }] }),
+  });
+  kept.session = response.headers.get("x-session-id");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    kept.text += value;
+  }
+  kept.ended = "whole";
 };
 </script>"""
 
@@ -130,13 +155,17 @@ async def speak(worker, claimed, enough):
 
 
 @contextlib.asynccontextmanager
-async def browser_page(url):
-    """Open the page as if the proxy served it."""
+async def browser_page(url, html=PAGE):
+    """Open the page as if the proxy served it, and the module beside it."""
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = await browser.new_page()
         await page.route(
-            "**/page", lambda route: route.fulfill(body=PAGE, content_type="text/html")
+            "**/page", lambda route: route.fulfill(body=html, content_type="text/html")
+        )
+        await page.route(
+            "**/unbroken-fetch.js",
+            lambda route: route.fulfill(path=FETCH, content_type="text/javascript"),
         )
         await page.goto(f"{url}/page")
         yield page
@@ -192,3 +221,26 @@ async def test_an_eventsource_has_the_whole_text_whatever_is_cut(worker, gateway
     assert kept["done"] == 1
     assert proxy.cut_off == CUTS
     assert proxy.opened == requests
+
+
+async def test_a_pages_resuming_fetch_reads_the_whole_stream(worker, gateways):
+    """20 cuts and a killed gateway under a POST from a page: it reads the bytes of a replay."""
+    enough = asyncio.Event()
+    async with CuttingProxy(gateways, seed=11) as proxy, browser_page(proxy.url, FETCHING) as page:
+        await worker.announce()  # opening a browser takes longer than an announcement holds
+        await page.evaluate("() => void ask().catch((error) => (kept.ended = String(error)))")
+        claimed = await worker.next()
+        speaking = asyncio.create_task(speak(worker, claimed, enough))
+        for number in range(CUTS):
+            await proxy.cut()
+            if number == CUTS // 2:
+                gateways[0].kill()
+        enough.set()
+        text = await speaking
+        await page.wait_for_function("kept.ended", timeout=60_000)
+        kept = await page.evaluate("kept")
+    assert (kept["ended"], proxy.cut_off) == ("whole", CUTS)
+    async with httpx.AsyncClient(base_url=gateways[1].url, trust_env=False) as client:
+        replay = await client.get(f"/v1/sessions/{kept['session']}/events")
+    assert kept["text"] == replay.text
+    assert replay.text.count("data: ") == text.count(" ") + 3
