@@ -89,6 +89,14 @@ class History(SessionLog):
         kept = await self._ask(lambda archive: archive.read(session_id, after, count), nothing)
         return kept or entries
 
+    async def forget(self, session_id: str) -> None:
+        """Remove the session from the archive.
+
+        Raises:
+            ArchiveError: it can not be written for now.
+        """
+        await self._ask(lambda archive: archive.remove(session_id), None)
+
     async def _ask(self, question: Callable[[Archive], T], without: T) -> T:
         if self._archive is None:
             return without

@@ -105,7 +105,10 @@ class Archiver:
             log.error("session can not be archived", extra={"session": session_id})
             await self._store.redis.zrem(keys.OUTBOX, session_id)
             return
-        await self._archive.call(lambda archive: archive.put(session_id, record, entries))
+        if record.response is None or record.response.store:
+            await self._archive.call(lambda archive: archive.put(session_id, record, entries))
+            if await self._is_deleted(session_id, record):  # while it was copied
+                await self._archive.call(lambda archive: archive.remove(session_id))
         left = max(SETTLE_SECONDS, (record.ended or 0) + self._kept - now)
         async with self._store.redis.pipeline(transaction=False) as pipe:
             pipe.zrem(keys.OUTBOX, session_id)
@@ -113,6 +116,10 @@ class Archiver:
             pipe.expire(keys.events(session_id), left)
             await pipe.execute()
         log.info("archived", extra={"session": session_id})
+
+    async def _is_deleted(self, session_id: str, record: SessionRecord) -> bool:
+        note = await self._store.redis.get(keys.deleted(session_id))
+        return note is not None and float(note) == record.enqueued
 
     def _is_late(self, record: SessionRecord, now: int) -> bool:
         """Tell whether Redis may forget the session before whoever reads now would see its row."""

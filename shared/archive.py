@@ -138,6 +138,16 @@ class Archive:
                 db.executescript("PRAGMA incremental_vacuum")  # gives the space back
         return len(ids)
 
+    def remove(self, session_id: str) -> None:
+        """Remove a session; does nothing where it is not there.
+
+        Raises:
+            ArchiveError: nothing was removed.
+        """
+        with self._transaction() as db:
+            db.execute("DELETE FROM pages WHERE session = ?", (session_id,))
+            db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
     def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:

@@ -9,6 +9,7 @@ EVENTS = "unbroken:events:"
 REQUEST = "unbroken:request:"
 WATCH = "unbroken:watch:"
 CANCEL = "unbroken:cancel:"
+DELETED = "unbroken:deleted:"
 WORKER = "unbroken:worker:"
 JOB = job_key_prefix
 RETRY = retry_key_prefix
@@ -61,6 +62,11 @@ def watch(session_id: str) -> str:
 def cancel(session_id: str) -> str:
     """String: the reason for which the running session shall be cancelled."""
     return CANCEL + session_id
+
+
+def deleted(session_id: str) -> str:
+    """String with a TTL: a session of this id was deleted; holds when that one was queued."""
+    return DELETED + session_id
 
 
 def worker(worker_id: str) -> str:

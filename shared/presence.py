@@ -10,7 +10,10 @@ import logging
 import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import msgspec
+
 from shared import keys
+from shared.protocol import ResponseParams
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -114,9 +117,19 @@ class Presence:
         }
 
     async def unwatched(self, session_ids: Sequence[str]) -> list[str]:
-        """Return those of the sessions that nobody watches, as far as that can be known now."""
+        """Return those of the sessions that nobody watches, as far as that can be known now.
+
+        Without those that need nobody: see `SessionRecord.runs_unwatched`.
+        """
         values = await self._redis.mget([keys.watch(s) for s in session_ids]) if session_ids else []
-        return [s for s, value in zip(session_ids, values, strict=True) if value is None]
+        alone = [s for s, value in zip(session_ids, values, strict=True) if value is None]
+        if not alone:
+            return []
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for session_id in alone:
+                pipe.hget(keys.session(session_id), "response")
+            responses = await pipe.execute()
+        return [s for s, raw in zip(alone, responses, strict=True) if not _is_background(raw)]
 
     async def may_sweep(self) -> bool:
         """Tell whether it is this process's turn to look for unwatched sessions that wait."""
@@ -125,6 +138,13 @@ class Presence:
         px = int(SWEEP_SECONDS * 800)
         ours = await self._redis.set(keys.SWEEP, "1", nx=True, px=px)
         return self._contact.heard() and bool(ours)
+
+
+def _is_background(response: bytes | None) -> bool:
+    """Tell whether a record's field `response` is that of a session in the background."""
+    if not response:
+        return False
+    return msgspec.json.decode(response, type=ResponseParams).background
 
 
 class Sweeper:

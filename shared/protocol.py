@@ -101,6 +101,26 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
 
 
+class ResponseParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a session that was asked for as a Response says of its request; kept in its record.
+
+    A `background` session is not abandoned, however long nobody watches it. One without `store`
+    cannot be retrieved as a response, and goes into no archive. `temperature` and the other numbers
+    are those that were used; `max_output_tokens` is None where the request does not say.
+    """
+
+    background: bool = False
+    store: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    max_output_tokens: int | None = None
+    parallel_tool_calls: bool = True
+    tool_choice: Literal["none", "auto"] = "auto"
+    metadata: dict[str, str] = {}
+
+
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Token counts of a whole session, over all its choices."""
 

@@ -16,7 +16,7 @@ from shared.protocol import Finished, Started, Usage, encode_event, encode_reque
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shared.protocol import CancelReason, GenerationRequest, Status
+    from shared.protocol import CancelReason, GenerationRequest, ResponseParams, Status
     from shared.store import Store
 
 JOB_FUNCTION = "run_session"
@@ -39,6 +39,7 @@ class Submission(NamedTuple):
     fingerprint: str
     include_usage: bool
     request: GenerationRequest
+    response: ResponseParams | None = None
 
 
 class Claimed(NamedTuple):
@@ -85,10 +86,16 @@ class SessionQueue:
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
         names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
         args: list[Any] = [sid, new.owner, new.digest, new.model, new.fingerprint, choices]
-        args += [max_queue, keys.LIVE_TTL, self._watch_ttl_ms, int(new.include_usage)]
+        args += [max_queue, keys.LIVE_TTL, self._first_watch_ms(new), int(new.include_usage)]
         args += [encode_request(new.request), job, encode_event(Started(choices))]
+        args.append(msgspec.json.encode(new.response) if new.response else b"")
         outcome, created = await self._store.run("submit", names, args)
         return outcome.decode(), int(created)
+
+    def _first_watch_ms(self, new: Submission) -> int:
+        """Return for how long a new session counts as watched."""
+        lasting = self._watch_ttl_ms and new.response is not None and new.response.background
+        return keys.LIVE_TTL * 1000 if lasting else self._watch_ttl_ms
 
     async def claim(self, worker_id: str, free_slots: int) -> Claim:
         """Put sessions with an expired lease back, then lease up to `free_slots`, oldest first."""
@@ -147,6 +154,22 @@ class SessionQueue:
         if reply == b"dequeued":
             CANCELS.labels(reason).inc()
             return "cancelled"
+        return reply.decode()
+
+    async def delete(self, session_id: str, owner: str, note_seconds: int) -> str:
+        """Remove an ended session from Redis; another process that copies it now will learn so.
+
+        Returns `deleted`, `missing` for an unknown session or another's, or the status of one that
+        has not ended.
+
+        Args:
+            session_id: the session.
+            owner: whose it must be.
+            note_seconds: how long a note of the removal is kept.
+        """
+        names = [keys.session(session_id), keys.events(session_id), keys.watch(session_id)]
+        names += [keys.OUTBOX, keys.deleted(session_id)]
+        reply: bytes = await self._store.run("delete", names, [session_id, owner, note_seconds])
         return reply.decode()
 
     async def wait_for_work(self, seconds: float) -> None:

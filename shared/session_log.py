@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from shared import keys
-from shared.protocol import ENDED, Status, Usage, encode_event
+from shared.protocol import ENDED, ResponseParams, Status, Usage, encode_event
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,12 @@ class SessionRecord(msgspec.Struct, frozen=True):
     started: int | None = None
     ended: int | None = None
     usage: Usage | None = None
+    response: ResponseParams | None = None
+
+    @property
+    def runs_unwatched(self) -> bool:
+        """Tell whether the session goes on however long nobody watches it."""
+        return self.response is not None and self.response.background
 
     @property
     def has_ended(self) -> bool:
@@ -69,8 +75,9 @@ class SessionRecord(msgspec.Struct, frozen=True):
 
 def _parse_record(raw: dict[bytes, bytes]) -> SessionRecord:
     fields: dict[str, object] = {name.decode(): value.decode() for name, value in raw.items()}
-    if usage := raw.get(b"usage"):
-        fields["usage"] = msgspec.json.decode(usage)
+    for name in ("usage", "response"):
+        if encoded := raw.get(name.encode()):
+            fields[name] = msgspec.json.decode(encoded)
     return msgspec.convert(fields, SessionRecord, strict=False)
 
 

@@ -234,7 +234,7 @@ class LeasedWorker(Worker):
             if signals.cancel:
                 jobs[sid].cancel(signals.cancel)
             elif not signals.watched:
-                jobs[sid].cancel("abandoned")
+                jobs[sid].abandon()
 
     async def drain(self, grace_seconds: float) -> None:
         """Claim no more; wait for the running sessions, then give the rest back to the queue."""

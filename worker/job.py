@@ -61,6 +61,12 @@ class SessionJob:
         self._writer: SessionWriter | None = None
         self._prompt_tokens = 0
         self._meter: RunMeter | None = None
+        self._may_be_abandoned = False  # before it is known whether it needs a watcher
+
+    def abandon(self) -> None:
+        """End the session because nobody watches it, unless it goes on all the same."""
+        if self._may_be_abandoned:
+            self.cancel("abandoned")
 
     def cancel(self, reason: CancelReason) -> None:
         """End the session at its next step, or now where it is not in the engine yet."""
@@ -93,6 +99,7 @@ class SessionJob:
         raw = await self._parts.queue.request(sid)
         if record is None:
             raise LeaseLost
+        self._may_be_abandoned = not record.runs_unwatched
         await self._check_model(record.model)
         self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
         extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}

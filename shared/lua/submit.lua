@@ -3,7 +3,8 @@
 -- watches it, where it has not ended.
 -- KEYS: session, events, request, job, watch, queue, work bell
 -- ARGV: 1 id, 2 owner, 3 digest, 4 model, 5 fingerprint, 6 choices, 7 queue bound, 8 live ttl s,
---       9 watch ttl ms (0: none), 10 include usage, 11 request, 12 job, 13 event 0
+--       9 watch ttl ms (0: none), 10 include usage, 11 request, 12 job, 13 event 0,
+--       14 what it says as a response ('': it is none)
 -- Returns {outcome, created s}; outcome: created | attached | conflict | foreign | full
 local known = redis.call('HMGET', KEYS[1], 'owner', 'digest', 'created', 'status')
 if known[3] then
@@ -21,6 +22,7 @@ redis.call('HSET', KEYS[1], 'owner', ARGV[2], 'digest', ARGV[3], 'model', ARGV[4
   'fingerprint', ARGV[5], 'choices', ARGV[6], 'created', time[1], 'enqueued', enqueued,
   'status', 'queued', 'last', '0', 'lease', '', 'epoch', '0', 'attempts', '0',
   'include_usage', ARGV[10])
+if ARGV[14] ~= '' then redis.call('HSET', KEYS[1], 'response', ARGV[14]) end
 redis.call('SET', KEYS[3], ARGV[11], 'EX', ARGV[8])
 redis.call('SET', KEYS[4], ARGV[12], 'EX', ARGV[8])
 redis.call('DEL', KEYS[2])
