@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,10 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Collection, Hashable, Sequence
+    from collections.abc import Awaitable, Collection, Hashable, Iterator, Sequence
 
     from gateway.connection import Connection
-    from gateway.sse import Frames
+    from gateway.sse import Rendering
 TAIL = 64
 """Events kept in memory per followed session, up to twice as many between two clean-ups; a follower
 further behind reads the log by itself."""
@@ -62,7 +63,7 @@ class Viewer:
     )
 
     def __init__(
-        self, connection: Connection, frames: Frames, after: int, seen: int, idle_seconds: float
+        self, connection: Connection, frames: Rendering, after: int, seen: int, idle_seconds: float
     ) -> None:
         self.index, self.seen, self.ended = after, seen, False
         self.frames = frames
@@ -143,7 +144,7 @@ class Crowd:
 
     __slots__ = ("frames", "viewers")
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: Rendering) -> None:
         self.frames = frames
         self.viewers: set[Viewer] = set()
 
@@ -204,9 +205,19 @@ class Channel:
         place = b"%d-0" % (self.last + 1)
         return b"$%d\r\n%s\r\n" % (len(place), place)
 
-    def crowd(self, frames: Frames) -> Crowd:
+    def crowd(self, frames: Rendering) -> Crowd:
         """Return the crowd of the viewers that get these frames; it may render with another's."""
         return self._crowds.setdefault(frames.identity, Crowd(frames))
+
+    @contextlib.contextmanager
+    def visited(self, viewer: Viewer) -> Iterator[None]:
+        """Forget the viewer's crowd at the end, if nobody else is in it."""
+        try:
+            yield
+        finally:
+            crowd = self._crowds.get(viewer.frames.identity)
+            if crowd is not None and not crowd.viewers:
+                del self._crowds[viewer.frames.identity]
 
     def since(self, after: int) -> list[bytes] | None:
         """Return the known events above index `after`, or None where only the log has them."""

@@ -63,6 +63,8 @@ class Connection:
         it treats a client that reads too slowly. Until that is done, nothing else may be written.
         """
         cycle = self._cycle
+        if not data:
+            return None  # an empty chunk would end the body
         if cycle is not None and not (cycle.flow.write_paused or cycle.disconnected):
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
             return None

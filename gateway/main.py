@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from gateway import chat, health, meter, sessions
+from gateway import chat, health, meter, responses, sessions
 from gateway.admission import ReadyModels
 from gateway.auth import Authenticator
 from gateway.connection import SERVER_SEND
@@ -188,7 +188,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.services = make_services(settings)
-    for module in (chat, sessions, health, meter):
+    for module in (chat, responses, sessions, health, meter):
         app.include_router(module.router)
     app.add_exception_handler(UnbrokenError, _on_unbroken)
     app.add_exception_handler(HTTPException, _on_http)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from shared.protocol import (
     MediaRef,
     Message,
     Part,
+    ResponseParams,
     SamplingParams,
     TextPart,
 )
@@ -30,6 +31,7 @@ ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
+Body = TypeVar("Body", bound=BaseModel)
 SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 MEDIA_TYPES = {
     "image_url": "image",
@@ -48,17 +50,13 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(BaseModel):
-    """The body of `POST /v1/chat/completions`; unknown top-level keys are ignored."""
+class GenerationBody(BaseModel):
+    """What the bodies of all endpoints that generate have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -67,12 +65,21 @@ class ChatCompletionRequest(BaseModel):
     seed: SEED | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    n: int | None = Field(default=None, ge=1, le=8)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+
+
+class ChatCompletionRequest(GenerationBody):
+    """The body of `POST /v1/chat/completions`; unknown top-level keys are ignored."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream_options: StreamOptions | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=8)
     session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
 
 
@@ -90,6 +97,7 @@ class ChatRequest(NamedTuple):
     include_usage: bool
     session_id: str | None
     model: str | None
+    response: ResponseParams | None = None
 
 
 def unsupported(param: str, why: str = "is not supported") -> UnbrokenError:
@@ -131,6 +139,20 @@ def _path(location: tuple[int | str, ...]) -> str:
     return text
 
 
+def validate(schema: type[Body], body: dict[str, Any]) -> Body:
+    """Check a body against its schema.
+
+    Raises:
+        UnbrokenError: a 400 that names the first parameter at fault.
+    """
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = _path(first["loc"])
+        raise UnbrokenError("invalid_value", f"'{param}': {first['msg']}.", param) from None
+
+
 def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     """Turn a JSON body into a request.
 
@@ -142,15 +164,11 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     if "messages" not in body:
         raise UnbrokenError("invalid_value", "'messages' is required.", "messages")
     _refuse_unsupported(body)
-    try:
-        chat = ChatCompletionRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = _path(first["loc"])
-        raise UnbrokenError("invalid_value", f"'{param}': {first['msg']}.", param) from None
+    chat = validate(ChatCompletionRequest, body)
+    max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
     generation = GenerationRequest(
-        messages=tuple(_message(m, i) for i, m in enumerate(chat.messages)),
-        sampling=_sampling(chat, settings),
+        messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)),
+        sampling=sampling(chat, settings, max_tokens, chat.n or 1),
     )
     options = chat.stream_options or StreamOptions()
     return ChatRequest(
@@ -164,11 +182,17 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     )
 
 
-def _sampling(chat: ChatCompletionRequest, settings: GatewaySettings) -> SamplingParams:
+def sampling(
+    chat: GenerationBody, settings: GatewaySettings, max_tokens: int, choices: int
+) -> SamplingParams:
+    """Return how to sample, with the server's defaults where the body does not say.
+
+    Raises:
+        UnbrokenError: a 400 that names the parameter at fault.
+    """
     stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or []
     if len(stop) > 4 or not all(stop):
         raise UnbrokenError("invalid_value", "'stop' takes up to 4 non-empty strings.", "stop")
-    max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
     min_tokens = chat.min_tokens or 0
     if min_tokens > max_tokens:
         raise UnbrokenError("invalid_value", "'min_tokens' exceeds 'max_tokens'.", "min_tokens")
@@ -181,7 +205,7 @@ def _sampling(chat: ChatCompletionRequest, settings: GatewaySettings) -> Samplin
         top_k=max(chat.top_k or 0, 0),
         min_p=chat.min_p or 0.0,
         seed=chat.seed or 0,
-        n=chat.n or 1,
+        n=choices,
         stop=tuple(stop),
         stop_token_ids=tuple(chat.stop_token_ids or ()),
         ignore_eos=bool(chat.ignore_eos),
@@ -202,8 +226,12 @@ def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in raw.items()}
 
 
-def _message(raw: dict[str, Any], index: int) -> Message:
-    where = f"messages[{index}]"
+def message(raw: dict[str, Any], where: str) -> Message:
+    """Turn a message into ours; `where` is its place in the body, for errors.
+
+    Raises:
+        UnbrokenError: a 400 that names the parameter at fault.
+    """
     role = ROLES.get(raw.get("role") or "") if isinstance(raw.get("role"), str) else None
     if role is None:
         roles = ", ".join(ROLES)
@@ -241,7 +269,7 @@ def _message(raw: dict[str, Any], index: int) -> Message:
 def _part(raw: Any, where: str) -> Part:
     kind = raw.get("type") if isinstance(raw, dict) else None
     kind = kind if isinstance(kind, str) else None
-    if kind in ("text", "input_text"):
+    if kind in ("text", "input_text", "output_text"):
         if not isinstance(raw.get("text"), str):
             raise UnbrokenError(
                 "invalid_value", f"'{where}.text' must be a string.", f"{where}.text"

@@ -101,7 +101,7 @@ class Relay:
         Raises:
             UnbrokenError: `events_expired`, where events behind the viewer are no longer kept.
         """
-        with self._joined(session_id) as channel:
+        with self._joined(session_id) as channel, channel.visited(viewer):
             while not viewer.ended:
                 events = await self._next(channel, viewer.index, viewer.seen)
                 if events:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -21,7 +21,7 @@ from shared.protocol import Delta, Finished, Terminal, decode_event
 from shared.tasks import AGAIN_SECONDS, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from starlette.types import Receive, Scope, Send
 
@@ -79,6 +79,17 @@ def frame(session_id: str, index: int, data: bytes) -> bytes:
 def bare_frame(data: bytes) -> bytes:
     """Return a frame without an id: it is no place to resume from."""
     return b"data: %s\n\n" % data
+
+
+class Rendering(Protocol):
+    """Renders the entries of one session's log for clients: see `Frames.render`."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for those that give the same bytes for the same entries."""
+
+    def render(self, first: int, events: Sequence[bytes], seen: int = -1) -> tuple[bytes, bool]:
+        """Return the frames of the entries from index `first` on, and whether the session ends."""
 
 
 class Frames:
@@ -217,12 +228,18 @@ class EventStreamResponse(Response):
     Args:
         source: writes the frames, up to `[DONE]`.
         headers: more response headers.
+        render_error: returns how a stream ends that cannot go on.
     """
 
-    def __init__(self, source: Source, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        headers: dict[str, str],
+        render_error: Callable[[UnbrokenError], bytes] = error_frames,
+    ) -> None:
         super().__init__(status_code=200, headers={**HEADERS, **headers})
         del self.headers["content-length"]  # the length is not known
-        self._source = source
+        self._source, self._render_error = source, render_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response (ASGI)."""
@@ -247,8 +264,8 @@ class EventStreamResponse(Response):
         try:
             await self._source(connection)
         except UnbrokenError as error:  # too late for a status
-            await connection.write(error_frames(error))
+            await connection.write(self._render_error(error))
         except Exception:
             log.exception("a stream failed")
             unknown = UnbrokenError("internal_error", "The server failed unexpectedly.")
-            await connection.write(error_frames(unknown))
+            await connection.write(self._render_error(unknown))

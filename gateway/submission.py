@@ -14,7 +14,6 @@ from redis.exceptions import OutOfMemoryError
 from gateway import meter
 from shared.archive import ArchiveError
 from shared.errors import UnbrokenError
-from shared.protocol import GenerationRequest
 from shared.queue import Submission
 
 if TYPE_CHECKING:
@@ -30,12 +29,14 @@ log = logging.getLogger("unbroken.chat")
 NOT_FOUND = "There is no such session."
 
 
-def chosen_id(request: Request, chat: ChatRequest, owner: str) -> str | None:
+def chosen_id(
+    request: Request, chat: ChatRequest, owner: str, prefix: str = "chatcmpl-"
+) -> str | None:
     """Return the session's id where the client chose it, by name or by `Idempotency-Key`."""
     if chat.session_id:
         return chat.session_id
     if key := request.headers.get("idempotency-key"):
-        return f"chatcmpl-{hashlib.sha256(f'{owner}:{key}'.encode()).hexdigest()[:32]}"
+        return f"{prefix}{hashlib.sha256(f'{owner}:{key}'.encode()).hexdigest()[:32]}"
     return None
 
 
@@ -109,7 +110,7 @@ def _submission(session_id: str, owner: str, chat: ChatRequest, worker: WorkerIn
     generation = chat.generation
     if not chat.seed_given:
         sampling = msgspec.structs.replace(generation.sampling, seed=secrets.randbits(62))
-        generation = GenerationRequest(generation.messages, sampling)
+        generation = msgspec.structs.replace(generation, sampling=sampling)
     return Submission(
         session_id=session_id,
         owner=owner,
@@ -118,6 +119,7 @@ def _submission(session_id: str, owner: str, chat: ChatRequest, worker: WorkerIn
         fingerprint=worker.fingerprint,
         include_usage=chat.include_usage,
         request=generation,
+        response=chat.response,
     )
 
 
