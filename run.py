@@ -3,6 +3,7 @@
 python3 run.py [up] [options]                 run it
 python3 run.py test [--no-install] [args]     lint, types, all tests; with arguments: pytest alone
 python3 run.py bench [--no-install] [NAME]    run benchmarks/NAME.py
+python3 run.py chaos [--no-install] [args]    kill and freeze a stack under load
 """
 
 from __future__ import annotations
@@ -264,12 +265,19 @@ def bench(args: argparse.Namespace) -> int:
     return run_step(f"benchmark {name}", [python, "-m", f"benchmarks.{name}", *rest])
 
 
+def chaos(args: argparse.Namespace) -> int:
+    """Run `benchmarks/chaos.py` with these arguments."""
+    python = sys.executable if args.no_install else install(RUNTIME)
+    make_demo_model(python)
+    return run_step("chaos", [python, "-m", "benchmarks.chaos", *args.rest])
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line; no command means `up`, and `test` and `bench` pass theirs on."""
-    if argv[:1] in (["test"], ["bench"]):
+    """Read the command line; no command means `up`, and all but `up` pass theirs on."""
+    calls = {"test": test, "bench": bench, "chaos": chaos}
+    if argv and argv[0] in calls:
         skip = "--no-install" in argv[1:2]
-        call = test if argv[0] == "test" else bench
-        return argparse.Namespace(call=call, no_install=skip, rest=argv[1 + skip :])
+        return argparse.Namespace(call=calls[argv[0]], no_install=skip, rest=argv[1 + skip :])
     parser = argparse.ArgumentParser(
         prog="run.py [up]", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,0 +1,204 @@
+"""What happens to the stack in a chaos run: faults at random moments, and whom they hit."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+from redis.exceptions import RedisError
+
+from shared import keys
+from shared.fleet import WorkerInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from redis.asyncio import Redis
+
+    from benchmarks._chaos_clients import Client, Stream
+    from benchmarks._chaos_stack import Part, Stack
+
+LONGEST_PAUSE = 1.9
+FREEZE_SECONDS = {"worker": (3.0, 5.0), "gateway": (0.5, 2.5), "redis": (0.5, 3.0)}
+
+KINDS = {
+    "worker SIGKILL": 4,
+    "worker SIGTERM": 3,
+    "worker SIGSTOP": 2,
+    "gateway SIGKILL": 2,
+    "gateway SIGTERM": 2,
+    "gateway SIGSTOP": 1,
+    "redis SIGKILL": 2,
+    "redis SIGSTOP": 1,
+    "client cut": 3,
+}
+"""Each kind of fault, and how often it is drawn among the others."""
+
+
+@dataclass
+class Fault:
+    """One fault. Times are monotonic seconds; `outage` is how long its part was not there."""
+
+    kind: str
+    at: float
+    outage: float = 0.0
+    hit: list[Stream] = field(default_factory=list)
+
+
+class Faults:
+    """Draws faults and injects them.
+
+    No worker is hit while no other one is ready, and no gateway while no other one answers: what
+    then happens is silence until one is back, whose length says nothing.
+
+    Args:
+        stack: what to hit.
+        redis: a client of its Redis that survives restarts.
+        clients: whose streams are hit.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, stack: Stack, redis: Redis, clients: Sequence[Client], seed: int) -> None:
+        self._stack, self._redis, self._clients = stack, redis, clients
+        self._rng = random.Random(seed)
+        self._frozen: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.done: list[Fault] = []
+
+    async def run(self, seconds: float) -> None:
+        """Inject faults for so long, one at least every two seconds, and wait for their ends."""
+        end = time.monotonic() + seconds
+        due = time.monotonic() + 1.0
+        while due < end:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due = time.monotonic() + self._rng.uniform(0.5, LONGEST_PAUSE)
+            await self._inject(list(KINDS))
+        await asyncio.gather(*self._tasks)
+
+    async def _inject(self, kinds: list[str]) -> None:
+        """Inject one of the kinds that is possible now; a cut always is."""
+        while True:
+            kind = self._rng.choices(kinds, [KINDS[k] for k in kinds])[0]
+            if kind == "client cut":
+                self._cut()
+                return
+            part = await self._target(kind.split()[0])
+            if part is not None:
+                await self._hit(kind, part)
+                return
+            kinds = [k for k in kinds if k.split()[0] != kind.split()[0]]
+
+    def _cut(self) -> None:
+        running = [s for s in self._streams() if s.times]
+        hit = self._rng.sample(running, min(len(running), self._rng.randint(1, 4)))
+        self.done.append(Fault("client cut", time.monotonic(), hit=hit))
+        for stream in hit:
+            stream.cut = True
+
+    def _streams(self) -> list[Stream]:
+        return [c.current for c in self._clients if c.current is not None]
+
+    async def _target(self, kind: str) -> Part | None:
+        """Return a part that may be hit now, if there is one."""
+        parts = [p for p in self._stack.parts() if p.kind == kind and p.pid not in self._frozen]
+        if kind == "redis":
+            up = parts and await self._redis_answers()
+            return parts[0] if up else None
+        if kind == "gateway":
+            answering = [p for p in parts if await _listens(p.port)]
+            return self._rng.choice(answering) if len(answering) > 1 else None
+        ready = await self._ready_workers()
+        able = [p for p in parts if p.name in ready]
+        return self._rng.choice(able) if len(able) > 1 else None
+
+    async def _redis_answers(self) -> bool:
+        try:
+            return bool(await asyncio.wait_for(self._redis.ping(), 0.2))
+        except (RedisError, OSError, asyncio.TimeoutError):
+            return False
+
+    async def _ready_workers(self) -> set[str]:
+        """Return the ids of the workers that say that they are ready."""
+        try:
+            ids = await asyncio.wait_for(self._redis.zrange(keys.WORKERS, 0, -1), 0.5)
+            names = [i.decode() for i in ids]
+            found = await self._redis.mget([keys.worker(n) for n in names]) if names else []
+        except (RedisError, OSError, asyncio.TimeoutError):
+            return set()
+        infos = [msgspec.json.decode(value, type=WorkerInfo) for value in found if value]
+        return {info.id for info in infos if info.state == "ready"}
+
+    async def _hit(self, kind: str, part: Part) -> None:
+        number = getattr(signal, kind.split()[1])
+        before = await self._hit_by(part) if number == signal.SIGTERM else None
+        fault = Fault(kind, time.monotonic())
+        if not part.signal(number):
+            self._cut()
+            return
+        self.done.append(fault)
+        if number == signal.SIGSTOP:
+            self._frozen.add(part.pid)
+            fault.outage = self._rng.uniform(*FREEZE_SECONDS[part.kind])
+            self._begin(self._thaw(part, fault))
+        if part.kind == "redis":
+            fault.hit = self._streams()
+            if number != signal.SIGSTOP:
+                self._begin(self._time_outage(fault))
+        else:  # a dead or frozen worker's leases still stand; who stops gives them away at once
+            fault.hit = await self._hit_by(part) if before is None else before
+
+    def _begin(self, work: object) -> None:
+        task = asyncio.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+
+    async def _thaw(self, part: Part, fault: Fault) -> None:
+        await asyncio.sleep(fault.at + fault.outage - time.monotonic())
+        part.signal(signal.SIGCONT)
+        self._frozen.discard(part.pid)
+        fault.outage = time.monotonic() - fault.at
+
+    async def _time_outage(self, fault: Fault) -> None:
+        """Note when Redis answers again."""
+        answers = False
+        while not answers:
+            await asyncio.sleep(0.01)
+            answers = await self._redis_answers()
+        fault.outage = time.monotonic() - fault.at
+
+    async def _hit_by(self, part: Part) -> list[Stream]:
+        """Return the streams that depend on a worker or a gateway now."""
+        streams = self._streams()
+        if part.kind == "gateway":
+            return [s for s in streams if s.port == part.port]
+        known = [s for s in streams if s.session_id]
+        try:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for stream in known:
+                    pipe.hget(keys.session(stream.session_id), "lease")
+                leases = await asyncio.wait_for(pipe.execute(), 0.5)
+        except (RedisError, OSError, asyncio.TimeoutError):
+            return []
+        mine = f"{part.name}:".encode()
+        return [
+            s for s, lease in zip(known, leases, strict=True) if (lease or b"").startswith(mine)
+        ]
+
+
+async def _listens(port: int) -> bool:
+    """Whether somebody takes connections there, and answers."""
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 0.5)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    try:
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        return bool(await asyncio.wait_for(reader.readline(), 0.5))
+    except (OSError, asyncio.TimeoutError):
+        return False
+    finally:
+        writer.close()

@@ -1,0 +1,122 @@
+"""The chaos run's verdict finds what is wrong, so that its zeros mean something."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks._chaos_clients import Stream
+from benchmarks._chaos_faults import Fault
+from benchmarks._chaos_verdict import Log, Truth, judge, silences, takeovers
+from shared.protocol import Delta, Finished, Started, Usage
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 4}
+END = Finished(("length",), Usage(5, 4))
+CHUNK = (
+    '{"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":%s}],"usage":null}'  # a chunk
+)
+
+
+def a_log(*events):
+    return Log(list(events), contiguous=True, last=len(events) - 1, status="finished")
+
+
+def delta(token, choice=0):
+    return Delta(choice, (token,), f"{token} ")
+
+
+GOOD = (Started(), *(delta(token) for token in (1, 2, 3, 4)), END)
+TRUTH = Truth({(0, "content"): "1 2 3 4 "}, {0: [1, 2, 3, 4]}, USAGE)
+
+
+def frames(*indexes):
+    """Return the frames of the good log's events, in the order asked for."""
+    out = []
+    for index in indexes:
+        text = f"{index} " if 0 < index < 5 else ""
+        finish = '"length"' if index == 5 else "null"
+        out.append(f"id: s:{index}\ndata: {CHUNK % (text, finish)}\n\n".encode())
+    return out
+
+
+def a_stream(*indexes, ends=1):
+    stream = Stream(0, "s")
+    for at, data in enumerate(frames(*indexes)):
+        stream.feed(data, float(at))
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":4}}\n\n'
+    stream.feed(usage + b"data: [DONE]\n\n" * ends, 9.0)
+    return stream
+
+
+def test_a_whole_stream_is_whole():
+    """Nothing is found where nothing is wrong."""
+    assert judge(a_stream(*range(6)), a_log(*GOOD), TRUTH).is_whole
+
+
+@pytest.mark.parametrize(
+    ("stream", "log", "expected"),
+    [
+        (a_stream(0, 1, 3, 4, 5), a_log(*GOOD), (1, 0, 0)),
+        (a_stream(0, 1, 2, 2, 3, 4, 5), a_log(*GOOD), (0, 1, 0)),
+        (a_stream(*range(6)), a_log(*GOOD[:4], END), (1, 0, 0)),
+        (a_stream(*range(6)), a_log(*GOOD[:5], delta(4), END), (0, 1, 0)),
+        (a_stream(*range(6)), a_log(*GOOD[:3], delta(7), GOOD[4], END), (0, 0, 1)),
+    ],
+    ids=["client misses one", "client sees one twice", "log lacks one", "one more", "another"],
+)
+def test_each_wrong_token_counts(stream, log, expected):
+    """Lost, repeated and changed tokens are told apart, in the log and at the client."""
+    found = judge(stream, log, TRUTH)
+    assert (found.lost, found.repeated, found.changed) == expected
+
+
+def test_a_text_that_is_not_the_logs_counts_as_changed():
+    """The tokens may be right and the client's text still wrong."""
+    stream = a_stream(*range(6))
+    stream.texts[0, "content"] += "!"
+    assert judge(stream, a_log(*GOOD), TRUTH).changed == 1
+
+
+@pytest.mark.parametrize("log", [a_log(*GOOD, END), a_log(*GOOD[:-1]), a_log()])
+def test_a_log_has_exactly_one_end(log):
+    """Two terminal events, or none, are found."""
+    assert any("exactly one end" in note for note in judge(a_stream(*range(6)), log, TRUTH).notes)
+
+
+@pytest.mark.parametrize("ends", [0, 2])
+def test_a_stream_has_exactly_one_end(ends):
+    """`[DONE]` twice, or never, is found."""
+    found = judge(a_stream(*range(6), ends=ends), a_log(*GOOD), TRUTH)
+    assert any("exactly one end" in note for note in found.notes)
+
+
+def test_a_gap_in_the_log_is_found():
+    """Entries whose ids do not follow each other make a log unsound."""
+    log = a_log(*GOOD)
+    log.contiguous = False
+    assert not judge(a_stream(*range(6)), log, TRUTH).is_whole
+
+
+def test_a_silence_belongs_to_the_faults_that_hit_the_stream():
+    """The longest pause that begins soon after a fault is its; two faults share one pause."""
+    stream, other = Stream(0, times=[0, 1, 2, 5, 6]), Stream(0, times=[0, 6])
+    kill = Fault("worker SIGKILL", 1.9, hit=[stream])
+    away = Fault("redis SIGSTOP", 5.5, outage=0.4, hit=[stream])
+    [one, two], unexplained = silences([stream, other], [kill, away])
+    assert unexplained == [1, 6]
+    assert (one.kind, one.seconds, one.beyond) == ("worker SIGKILL", 3, 3)
+    assert (two.kind, two.seconds, two.beyond) == ("redis SIGSTOP", 1, 0.6)
+    away.at = 2.5
+    [both], _ = silences([stream], [kill, away])
+    assert (both.kind, both.bound) == ("several at once", 6)
+
+
+def test_takeovers_are_counted_from_the_workers_own_words():
+    """A run that wrote nothing is no writer, but what it prefilled was prefilled again."""
+    stream, log = a_stream(*range(6)), a_log(*GOOD)
+    lines = [
+        {"message": "stream start", "session": "s", "time": f"{time}", "index": index}
+        for time, index in enumerate((1, 3, 3))
+    ]
+    found = takeovers(lines, {"s": log}, [stream])
+    assert (found.switches, found.sessions, found.rewound) == (1, 1, 0)
+    assert found.prefilled_again == 2 * (5 + 2)
