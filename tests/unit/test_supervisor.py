@@ -1,0 +1,36 @@
+"""The supervisor gives the parts the time that they may drain, and no more."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+import supervisor
+from supervisor import Stack
+
+SLOW_TO_STOP = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep({seconds})
+    pathlib.Path("finished").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("runs").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("drain", "finishes"), [(5.0, True), (0.0, False)])
+def test_a_part_has_its_drain_time_before_it_is_killed(tmp_path, monkeypatch, drain, finishes):
+    """A worker that takes a second to finish gets it where the settings allow it to drain."""
+    monkeypatch.setattr(supervisor, "GRACE", 0.2)
+    stack = Stack(tmp_path / "data", "redis://elsewhere", drain)
+    argv = [sys.executable, "-c", SLOW_TO_STOP.format(seconds=1)]
+    stack.add("worker", argv, {}, tmp_path)
+    while not (tmp_path / "runs").exists():
+        time.sleep(0.01)
+    stack.stop()
+    assert (tmp_path / "finished").exists() == finishes
+    assert not stack.of("worker")[0].runs()
