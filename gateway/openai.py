@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.sse import SESSION_ID
+from shared import data_url
 from shared.errors import UnbrokenError
 from shared.protocol import (
     GenerationRequest,
@@ -39,9 +39,6 @@ MEDIA_TYPES = {
     "video_url": "video",
     "input_video": "video",
 }
-_DATA_URL = re.compile(
-    r"data:(?P<kind>image|video|application)/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE
-)
 
 
 class StreamOptions(BaseModel):
@@ -170,6 +167,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
         messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)),
         sampling=sampling(chat, settings, max_tokens, chat.n or 1),
     )
+    check_counts(generation, settings, "messages")
     options = chat.stream_options or StreamOptions()
     return ChatRequest(
         generation=generation,
@@ -180,6 +178,23 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
         session_id=chat.session_id,
         model=chat.model,
     )
+
+
+def check_counts(generation: GenerationRequest, settings: GatewaySettings, param: str) -> None:
+    """Refuse more messages or media than the server takes.
+
+    Raises:
+        UnbrokenError: a 400 that names `param`.
+    """
+    media = sum(isinstance(p, MediaPart) for m in generation.messages for p in m.parts)
+    for count, most, what in (
+        (len(generation.messages), settings.max_messages, "messages"),
+        (media, settings.max_media_parts, "images and videos"),
+    ):
+        if count > most:
+            raise UnbrokenError(
+                "invalid_value", f"There are {count} {what}; the limit is {most}.", param
+            )
 
 
 def sampling(
@@ -310,13 +325,8 @@ def _media(raw: dict[str, Any], kind: str, where: str) -> MediaRef:
 
 def _check_data_url(url: str, media: str, param: str) -> None:
     """Refuse at once what can be seen to be no base64 data."""
-    match = _DATA_URL.match(url)
-    if not match:
-        raise UnbrokenError("invalid_media", f"'{param}' is no base64 data: URL.", param)
-    for piece in url[match.end() :].split(",") if media == "video" else [url[match.end() :]]:
-        try:
-            decoded = base64.b64decode("".join(piece.split()), validate=True)
-        except ValueError:
-            decoded = b""
-        if not decoded:
-            raise UnbrokenError("invalid_media", f"'{param}' holds no valid base64 data.", param)
+    try:
+        for text in data_url.split(url, frames=media == "video").texts:
+            data_url.decode(text)
+    except data_url.DataUrlError as error:
+        raise UnbrokenError("invalid_media", f"'{param}' {error}.", param) from None

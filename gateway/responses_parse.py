@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
-from gateway.openai import ChatRequest, GenerationBody, message, sampling, unsupported, validate
+from gateway.openai import (
+    ChatRequest,
+    GenerationBody,
+    check_counts,
+    message,
+    sampling,
+    unsupported,
+    validate,
+)
 from shared.errors import UnbrokenError
 from shared.protocol import GenerationRequest, Message, ResponseParams, TextPart
 
@@ -56,6 +64,7 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
     generation = GenerationRequest(
         messages=_messages(asked), sampling=sampling(asked, settings, max_tokens, 1)
     )
+    check_counts(generation, settings, "input")
     params = _params(asked, generation)
     told = hashlib.sha256(msgspec.json.encode(params, order="deterministic")).hexdigest()
     return ChatRequest(

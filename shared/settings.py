@@ -34,6 +34,8 @@ class GatewaySettings(SharedSettings):
     temperature: float = Field(default=0.7, ge=0, le=2)
     max_queue: int = Field(default=1000, ge=1)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_messages: int = Field(default=2048, ge=1)
+    max_media_parts: int = Field(default=64, ge=1)
     strict_model: Flag = False
     api_keys: str = Field(default="", repr=False)
     keepalive_seconds: float = Field(default=15, gt=0)
@@ -56,7 +58,9 @@ class WorkerSettings(SharedSettings):
     max_media_pixels: int = Field(default=64_000_000, ge=1024)
     media_timeout_seconds: float = Field(default=20, gt=0)
     media_processes: int = Field(default=1, ge=1)
-    allow_private_media_hosts: Flag = False
+    media_allowed_hosts: str = ""
+    media_memory_bytes: int = Field(default=2 * 2**30, ge=2**27)
+    max_media_aspect: int = Field(default=200, ge=1)
     engine_threads: int = Field(default=1, ge=1)
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)

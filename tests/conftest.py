@@ -20,7 +20,7 @@ MAY_LIVE_FOR_EVER: dict[str, str] = {}
 
 TEST_ENV = {
     "TORCH_DTYPE": "float64",  # equal tokens whatever the batch: no near ties
-    "ALLOW_PRIVATE_MEDIA_HOSTS": "1",  # the tests' media server is on loopback
+    "MEDIA_ALLOWED_HOSTS": "*,127.0.0.1,localhost",  # the tests' media server is on loopback
 }
 
 

@@ -5,9 +5,12 @@ No torch here; Pillow and decord are imported where they are used.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +54,16 @@ class Video:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what is decoded: pixels of one image or of all of a video's frames; frames."""
+    """Bounds on what is decoded.
+
+    Pixels of one image or of all of a video's frames; frames; longest side in shortest sides; bytes
+    of memory that the child may take beyond what it starts with (0: no bound).
+    """
 
     max_pixels: int
     max_frames: int
+    max_aspect: int = 200
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,24 @@ def create(limits: Limits) -> Callable[[Job], Image | Video]:
     with Path(os.devnull).open("wb") as nowhere:
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
+    if limits.memory_bytes:
+        bound_resources(limits.memory_bytes)
     return lambda job: decode(job, limits)
+
+
+def bound_resources(memory_bytes: int) -> None:
+    """Let this process take so much more memory, write no file, and leave no core dump."""
+    import PIL.Image
+
+    PIL.Image.init()
+    with contextlib.suppress(ImportError):
+        import decord  # noqa: F401  # what it maps when it is loaded shall not count
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def decode(job: Job, limits: Limits) -> Image | Video:
@@ -81,13 +107,13 @@ def decode(job: Job, limits: Limits) -> Image | Video:
         UnbrokenError: `invalid_media`: broken, too large, or of a kind that is not supported.
     """
     if job.kind == "image":
-        return Image(decode_image(job.data[0], limits.max_pixels))
+        return Image(decode_image(job.data[0], limits.max_pixels, limits.max_aspect))
     if job.kind == "frames":
         return decode_frames(job.data, limits)
     return decode_video(job.data[0], limits)
 
 
-def decode_image(data: Any, max_pixels: int) -> Array:
+def decode_image(data: Any, max_pixels: int, max_aspect: int = 200) -> Array:
     """Decode an image file: upright by its EXIF orientation, on white, the first of a series.
 
     Returns:
@@ -107,12 +133,20 @@ def decode_image(data: Any, max_pixels: int) -> Array:
                 raise _invalid(
                     f"The image has {width} x {height} pixels; the limit is {max_pixels} in all."
                 )
+            _check_aspect(width, height, max_aspect)
             opened.load()
             return np.asarray(_on_white(ImageOps.exif_transpose(opened)))
     except UnidentifiedImageError:
         raise _invalid("The image is not a PNG, JPEG, WebP or GIF file, or is corrupt.") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         raise _invalid("The image is truncated or corrupt.") from error
+
+
+def _check_aspect(width: int, height: int, max_aspect: int) -> None:
+    if max(width, height) > max_aspect * min(width, height):
+        raise _invalid(
+            f"The picture is {width} x {height}; no side may be {max_aspect} times the other."
+        )
 
 
 def _on_white(image: PillowImage) -> PillowImage:
@@ -139,7 +173,8 @@ def decode_frames(files: Sequence[Any], limits: Limits) -> Video:
     indices = sample(len(files), limits.max_frames)
     frames: list[Array] = []
     for index in indices:
-        frames.append(decode_image(files[index], limits.max_pixels // len(indices)))
+        pixels = limits.max_pixels // len(indices)
+        frames.append(decode_image(files[index], pixels, limits.max_aspect))
         if frames[-1].shape != frames[0].shape:
             raise _invalid("The frames are not all of one size.")
     times = tuple(index / FRAME_LIST_FPS for index in indices)
@@ -170,6 +205,7 @@ def _read_video(data: Any, limits: Limits) -> Video:
         raise _invalid("The video has no frames.")
     indices = sample(total, limits.max_frames)
     height, width = reader[indices[0]].shape[:2]
+    _check_aspect(width, height, limits.max_aspect)
     scale = math.sqrt(limits.max_pixels / (len(indices) * height * width))
     if scale < 1:
         reader = _open_video(data, max(1, int(width * scale)), max(1, int(height * scale)))

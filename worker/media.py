@@ -7,35 +7,33 @@ address, so that neither a redirect nor a second DNS answer leads elsewhere.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
-import ipaddress
 import logging
-import socket
 import ssl
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Union
-from urllib.parse import unquote
 
 import httpx
 
+from shared import data_url
 from shared.errors import UnbrokenError
 from shared.protocol import MediaRef
 from shared.settings import WorkerSettings
+from worker import media_guard
 
 log = logging.getLogger("unbroken.media")
-
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 3  # of one host, tried in turn
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 USER_AGENT = "unbroken-worker"
-BASE64_STEP = 1 << 20  # decoded at a time, so that other threads get the GIL in between
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-AZURE_HOST = ipaddress.ip_address("168.63.129.16")  # looks public, answers virtual machines only
+PORTS = {"http": 80, "https": 443}
+MAX_FRAME_FILES = 1024
+UNREACHABLE = (
+    "The media URL could not be read: its host does not answer in time, or is not allowed."
+)
+"""One message for what is blocked, unknown, refused or silent: none of them tells about the others,
+so that nobody can map our network with it."""
 
 
 async def fetch(
@@ -45,7 +43,7 @@ async def fetch(
 
     Args:
         ref: the reference.
-        settings: size limit, timeout, and whether private hosts are allowed.
+        settings: size limit, timeout, and the hosts that are allowed.
         param: the request field, for error messages.
 
     Returns:
@@ -65,11 +63,7 @@ async def fetch(
     except UnbrokenError as error:
         raise UnbrokenError(error.code, error.message, param) from None
     except asyncio.TimeoutError:
-        raise UnbrokenError(
-            "media_unreachable",
-            f"The media was not received within {settings.media_timeout_seconds:g} seconds.",
-            param,
-        ) from None
+        raise UnbrokenError("media_unreachable", UNREACHABLE, param) from None
 
 
 def content_hash(data: bytes | Sequence[bytes]) -> str:
@@ -84,36 +78,22 @@ def content_hash(data: bytes | Sequence[bytes]) -> str:
 
 
 def _decode_data_url(ref: MediaRef, max_bytes: int) -> bytes | list[bytes]:
-    header, comma, body = ref.url.partition(",")
-    fields = [field.strip().lower() for field in header.strip()[len("data:") :].split(";")]
-    if not comma or "base64" not in fields[1:]:
-        raise _invalid("A data: URL must look like data:<type>;base64,<data>.")
-    if len(body) // 4 * 3 > max_bytes * 1.1:  # some room for white space and commas
-        raise _too_large(max_bytes)
-    if ref.kind == "video" and fields[0] == "video/jpeg":
-        frames = [_decode_base64(part) for part in body.split(",") if part.strip()]
-        if not frames:
-            raise _invalid("The data: URL has no frames.")
-        _check_size(sum(map(len, frames)), max_bytes)
-        return frames
-    data = _decode_base64(body)
-    _check_size(len(data), max_bytes)
-    return data
-
-
-def _decode_base64(text: str) -> bytes:
-    """Decode leniently: white space, percent-encoding, the URL alphabet, missing padding."""
-    if "%" in text:
-        text = unquote(text)
-    text = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
-    if not text:
-        raise _invalid("The data: URL is empty.")
-    text += "=" * (-len(text) % 4)
     try:
-        steps = range(0, len(text), BASE64_STEP)
-        return b"".join(base64.b64decode(text[i : i + BASE64_STEP], validate=True) for i in steps)
-    except (binascii.Error, ValueError):
-        raise _invalid("The data: URL is not valid base64.") from None
+        texts = data_url.split(ref.url, frames=ref.kind == "video").texts
+        if data_url.decoded_size(texts) > max_bytes + 2 * len(texts):
+            raise _too_large(max_bytes)
+        if len(texts) > MAX_FRAME_FILES:
+            raise _invalid(f"The data: URL has more than {MAX_FRAME_FILES} frames.")
+        files = [data_url.decode(text) for text in texts]
+    except data_url.DataUrlError as error:
+        raise _invalid(f"The data: URL {error}.") from None
+    _check_size(sum(map(len, files)), max_bytes)
+    return files if is_frame_list(ref) else files[0]
+
+
+def is_frame_list(ref: MediaRef) -> bool:
+    """Tell whether a `data:` URL is a list of frames."""
+    return ref.kind == "video" and ref.url[:15].lower() == "data:video/jpeg"
 
 
 async def _download(url: str, settings: WorkerSettings) -> bytes:
@@ -133,17 +113,24 @@ async def _download(url: str, settings: WorkerSettings) -> bytes:
 def _parse(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-        named = parsed.scheme in ("http", "https") and bool(parsed.host)  # decodes the host
+        named = parsed.scheme in PORTS and bool(parsed.host)  # decodes the host
     except (httpx.InvalidURL, ValueError):
         raise _invalid("The media URL is not valid.") from None
     if not named:
         raise _invalid("A media URL must begin with http:// or https:// and name a host.")
+    if parsed.userinfo:
+        raise _invalid("A media URL must not hold a user name or a password.")
     return parsed
 
 
 async def _get(url: httpx.URL, settings: WorkerSettings) -> bytes | httpx.URL:
     """Return the body, or where the server redirects to."""
-    addresses = await _resolve(url, allow_private=settings.allow_private_media_hosts)
+    host = url.raw_host.decode("ascii").strip("[]")
+    try:
+        rule = _rule(settings.media_allowed_hosts)
+        addresses = await media_guard.resolve(host, url.port or PORTS[url.scheme], rule)
+    except media_guard.BlockedError:
+        raise _unreachable() from None
     async with httpx.AsyncClient(
         trust_env=False,
         verify=_tls(),
@@ -157,8 +144,8 @@ async def _get(url: httpx.URL, settings: WorkerSettings) -> bytes | httpx.URL:
                 log.info("no connection for media: %s", type(error).__name__)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 log.info("no media: %s", type(error).__name__)
-                raise _unreachable("The media URL could not be read.") from None
-    raise _unreachable("The media URL's host could not be reached.")
+                break
+    raise _unreachable()
 
 
 async def _get_from(
@@ -192,36 +179,9 @@ async def _get_from(
         await response.aclose()
 
 
-async def _resolve(url: httpx.URL, *, allow_private: bool) -> list[str]:
-    """Look the host up; every address must be allowed, because any could be the next answer."""
-    port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            url.raw_host.decode("ascii").strip("[]"), port, type=socket.SOCK_STREAM
-        )
-    except (OSError, UnicodeError):
-        raise _unreachable("The media URL's host is not known.") from None
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if not allow_private and not all(is_public(address) for address in addresses):
-        raise _unreachable("The media URL's host is not on the public internet.")
-    return addresses
-
-
-def is_public(address: str) -> bool:
-    """Tell whether an IP address is outside of every private, local or reserved network."""
-    try:
-        ip: Address = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-    if ip == AZURE_HOST or ip.is_multicast or ip.is_reserved:
-        return False
-    return ip.is_global
+@lru_cache(maxsize=8)
+def _rule(setting: str) -> media_guard.AllowedHosts:
+    return media_guard.AllowedHosts(setting)
 
 
 @lru_cache(maxsize=1)
@@ -242,5 +202,5 @@ def _invalid(message: str) -> UnbrokenError:
     return UnbrokenError("invalid_media", message)
 
 
-def _unreachable(message: str) -> UnbrokenError:
+def _unreachable(message: str = UNREACHABLE) -> UnbrokenError:
     return UnbrokenError("media_unreachable", message)

@@ -16,6 +16,7 @@ from worker import media
 from worker.child import ChildDied, ChildError, ChildPool, ChildTimeout, PoolFull, StartFailed
 from worker.decoder import Image, Job, Limits, Video
 from worker.engine.messages import Prompt
+from worker.media_guard import AllowedHosts
 
 log = logging.getLogger("unbroken.prompts")
 
@@ -46,7 +47,13 @@ class PromptBuilder:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        limits = Limits(settings.max_media_pixels, settings.max_video_frames)
+        AllowedHosts(settings.media_allowed_hosts)  # a wrong one ends the start, not a fetch
+        limits = Limits(
+            settings.max_media_pixels,
+            settings.max_video_frames,
+            settings.max_media_aspect,
+            settings.media_memory_bytes,
+        )
         self._decoder = ChildPool(
             "worker.decoder:create",
             (limits,),
