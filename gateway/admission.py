@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,20 @@ CACHE_SECONDS = 0.5
 RETRY_SECONDS = 5
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     """Read a request's body, chunked or not.
 
     Raises:
-        UnbrokenError: `request_too_large`, as soon as more than `limit` bytes are known of.
+        UnbrokenError: `request_too_large`, as soon as more than `limit` bytes are known of;
+            `request_timeout`, where it has not come within `seconds`.
     """
+    try:
+        return await asyncio.wait_for(_read_body(request, limit), seconds)
+    except asyncio.TimeoutError:
+        raise UnbrokenError("request_timeout", "The request body came too slowly.") from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
     error = UnbrokenError("request_too_large", f"The request body exceeds {limit} bytes.")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:

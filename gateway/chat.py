@@ -48,7 +48,8 @@ async def chat_completions(request: Request) -> Response:
     """
     services: Services = request.app.state.services
     owner = services.auth.owner(request)
-    body = await read_body(request, services.settings.max_body_bytes)
+    settings = services.settings
+    body = await read_body(request, settings.max_body_bytes, settings.body_timeout_seconds)
     if cursor := cursor_of(request):
         return await resume(services, owner, cursor, body)
     if len(body) > PARSE_IN_THREAD_BYTES:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 import math
-import secrets
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from gateway import chat, health, meter, responses, sessions
@@ -23,7 +23,9 @@ from gateway.auth import Authenticator
 from gateway.connection import SERVER_SEND
 from gateway.drain import Drain
 from gateway.history import ArchiveThread, History
+from gateway.limits import RateLimits
 from gateway.relay import Relay
+from gateway.server import guarded
 from gateway.state import Services
 from gateway.upkeep import Archiver, Upkeep
 from shared import logs, metrics
@@ -60,7 +62,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id = logs.new_request_id()
         logs.request_id.set(request_id)
         measured = meter.RequestMeter()
         meter.current.set(measured)
@@ -141,7 +143,7 @@ def make_services(settings: GatewaySettings) -> Services:
     return Services(
         settings=settings,
         store=store,
-        auth=Authenticator(settings.api_keys),
+        auth=Authenticator(settings.api_keys, settings.api_keys_file),
         log=history,
         presence=presence,
         queue=queue,
@@ -150,7 +152,22 @@ def make_services(settings: GatewaySettings) -> Services:
         upkeep=Upkeep(Sweeper(store, queue, presence), archiver, tuple(threads)),
         drain=Drain(settings.drain_seconds),
         probe=meter.Probe(queue, models),
+        limits=RateLimits(store),
     )
+
+
+def allow_origins(app: FastAPI, origins: str) -> None:
+    """Let pages of these origins call; headers are free, since a page knows no key of ours."""
+    allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
+    if allowed:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Session-Id", "Last-Event-ID", "X-Request-Id", "Retry-After"],
+            max_age=600,
+        )
 
 
 def tune_garbage_collection() -> None:
@@ -168,7 +185,7 @@ def tune_garbage_collection() -> None:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
-    log.info("startup", extra={"port": services.settings.port})
+    log.info("startup", extra={"host": services.settings.host, "port": services.settings.port})
     if services.auth.is_open:
         log.warning("no API keys are set: whoever reaches this address may use it")
     services.relay.start()
@@ -188,6 +205,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.services = make_services(settings)
+    allow_origins(app, settings.cors_origins)
     for module in (chat, responses, sessions, health, meter):
         app.include_router(module.router)
     app.add_exception_handler(UnbrokenError, _on_unbroken)
@@ -226,6 +244,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + LAST_SECONDS,
+        http=guarded(settings),
         server_header=False,
     )
     services: Services = app.state.services

@@ -49,11 +49,12 @@ async def create(request: Request) -> Response:
     """
     services: Services = request.app.state.services
     owner = services.auth.owner(request)
-    body = await read_body(request, services.settings.max_body_bytes)
+    settings = services.settings
+    body = await read_body(request, settings.max_body_bytes, settings.body_timeout_seconds)
     if len(body) > PARSE_IN_THREAD_BYTES:
-        asked = await asyncio.to_thread(lambda: parse_response(parse_json(body), services.settings))
+        asked = await asyncio.to_thread(lambda: parse_response(parse_json(body), settings))
     else:
-        asked = parse_response(parse_json(body), services.settings)
+        asked = parse_response(parse_json(body), settings)
     named = chosen_id(request, asked, owner, "resp_")
     session_id = named or f"resp_{secrets.token_hex(16)}"
     record = await submit(services, owner, session_id, asked, may_exist=named is not None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from gateway import meter, sse
+from gateway import meter, signing, sse
+from gateway.auth import OPEN
 from gateway.chat import _collect, _stream, check_place, cursor_of, owned_record
 from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
@@ -96,7 +98,7 @@ async def events(session_id: str, request: Request) -> Response:
     204, which ends its reconnecting, once it has seen the last event.
     """
     services: Services = request.app.state.services
-    owner = services.auth.owner(request)
+    owner = await _reader(services, session_id, request)
     cursor = cursor_of(request)
     if cursor and cursor.session_id != session_id:
         raise UnbrokenError("invalid_value", "Last-Event-ID is another session's.", "Last-Event-ID")
@@ -106,6 +108,32 @@ async def events(session_id: str, request: Request) -> Response:
         if request.headers.get("accept") != "text/event-stream":
             raise
         return Response(COME_BACK, headers=sse.HEADERS)
+
+
+async def _reader(services: Services, session_id: str, request: Request) -> str:
+    """Return whose sessions the caller may read: by key, or by the URL's signature."""
+    query = request.query_params
+    if "signature" not in query:
+        return services.auth.owner(request)
+    known = sse.SESSION_ID.fullmatch(session_id)
+    record = await services.log.record(session_id) if known else None
+    owner = None if record is None else record.owner
+    secret = services.settings.stream_url_secret
+    signing.check(secret, owner, session_id, query.get("expires", ""), query["signature"])
+    return owner or OPEN
+
+
+@router.post("/v1/sessions/{session_id}/stream_url")
+async def stream_url(session_id: str, request: Request) -> dict[str, str | int]:
+    """Give a URL under which this session's events can be read without a key, for a while."""
+    services: Services = request.app.state.services
+    owner = services.auth.owner(request)
+    await owned_record(services, session_id, owner)
+    secret = services.settings.stream_url_secret
+    if not secret:
+        raise UnbrokenError("not_found", "This server signs no stream URLs.")
+    expires = int(time.time()) + services.settings.stream_url_ttl_seconds
+    return {"url": signing.stream_url(secret, owner, session_id, expires), "expires": expires}
 
 
 async def _events(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gateway.auth import Authenticator
     from gateway.drain import Drain
     from gateway.history import History
+    from gateway.limits import RateLimits
     from gateway.meter import Probe
     from gateway.relay import Relay
     from gateway.upkeep import Upkeep
@@ -34,3 +35,4 @@ class Services:
     upkeep: Upkeep
     drain: Drain
     probe: Probe
+    limits: RateLimits

@@ -12,6 +12,7 @@ import msgspec
 from redis.exceptions import OutOfMemoryError
 
 from gateway import meter
+from gateway.limits import cost
 from shared.archive import ArchiveError
 from shared.errors import UnbrokenError
 from shared.queue import Submission
@@ -66,7 +67,10 @@ async def submit(
         return known
     new = _submission(session_id, owner, chat, worker)
     bound = 0 if unreadable else services.settings.max_queue
+    charged = await _admit(services, owner, new, may_exist=may_exist)
     outcome, _created = await services.queue.submit(new, bound)
+    if charged and outcome != "created":
+        await services.limits.refund(owner, session_id, charged)
     if unreadable and outcome == "full":
         raise unreadable
     _refuse(outcome)
@@ -76,6 +80,16 @@ async def submit(
     if record is None:
         raise UnbrokenError("events_expired", "The session is no longer kept.")
     return record
+
+
+async def _admit(services: Services, owner: str, new: Submission, *, may_exist: bool) -> int:
+    """Charge the caller's key, if it has limits, for a session that is new; returns the tokens."""
+    limits = services.auth.limits(owner)
+    if limits is None or (may_exist and await services.log.record(new.session_id)):
+        return 0
+    tokens = cost(new.request)
+    charged = await services.limits.admit(owner, limits, new.session_id, tokens)
+    return tokens if charged else 0
 
 
 async def _archived(

@@ -11,6 +11,8 @@ WATCH = "unbroken:watch:"
 CANCEL = "unbroken:cancel:"
 DELETED = "unbroken:deleted:"
 WORKER = "unbroken:worker:"
+LEVELS = "unbroken:levels:"
+LIVE = "unbroken:live:"
 JOB = job_key_prefix
 RETRY = retry_key_prefix
 
@@ -67,6 +69,16 @@ def cancel(session_id: str) -> str:
 def deleted(session_id: str) -> str:
     """String with a TTL: a session of this id was deleted; holds when that one was queued."""
     return DELETED + session_id
+
+
+def levels(owner: str) -> str:
+    """Hash: how much of its limits a key has used lately."""
+    return LEVELS + owner
+
+
+def live_sessions(owner: str) -> str:
+    """Sorted set: the sessions of a key with limits that may still run, by their admission."""
+    return LIVE + owner
 
 
 def worker(worker_id: str) -> str:

@@ -38,6 +38,14 @@ class GatewaySettings(SharedSettings):
     max_media_parts: int = Field(default=64, ge=1)
     strict_model: Flag = False
     api_keys: str = Field(default="", repr=False)
+    api_keys_file: str = ""
+    stream_url_secret: str = Field(default="", repr=False)
+    stream_url_ttl_seconds: int = Field(default=3600, ge=1)
+    cors_origins: str = ""
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    header_timeout_seconds: float = Field(default=15, gt=0)
+    body_timeout_seconds: float = Field(default=120, gt=0)
+    stalled_client_seconds: float = Field(default=60, gt=0)
     keepalive_seconds: float = Field(default=15, gt=0)
     sessions_db_path: str = "data/sessions.db"
     archive_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=1)

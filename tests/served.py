@@ -11,6 +11,7 @@ import uvicorn
 
 import run
 from gateway.main import RequestIds, create_app
+from gateway.server import guarded
 from shared.settings import GatewaySettings
 
 
@@ -20,7 +21,11 @@ async def serving(redis_url: str, **settings) -> AsyncIterator[httpx.AsyncClient
     port = run.free_port()
     app = create_app(GatewaySettings(_env_file=None, redis_url=redis_url, port=port, **settings))
     config = uvicorn.Config(
-        RequestIds(app), port=port, log_config=None, timeout_graceful_shutdown=1
+        RequestIds(app),
+        port=port,
+        log_config=None,
+        timeout_graceful_shutdown=1,
+        http=guarded(app.state.services.settings),
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
