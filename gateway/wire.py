@@ -15,6 +15,8 @@ import hiredis
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from shared import sentinel
+
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
@@ -106,6 +108,7 @@ async def connect(redis: Redis, on_push: Handler) -> Wire:
         OSError: it cannot be reached.
     """
     settings = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    await sentinel.locate(settings)
     loop, wire = asyncio.get_running_loop(), Wire(on_push)
     if isinstance(settings, UnixDomainSocketConnection):
         opening = loop.create_unix_connection(lambda: wire, settings.path)

@@ -72,3 +72,4 @@ class WorkerSettings(SharedSettings):
     engine_threads: int = Field(default=1, ge=1)
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    status_file: str = ""

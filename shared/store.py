@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 from redis.commands.core import AsyncScript
@@ -19,6 +19,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from shared import sentinel
 from shared.metrics import REDIS_SECONDS
 
 LUA = Path(__file__).parent / "lua"
@@ -44,24 +45,28 @@ def connect(url: str, *, retries: int = 3, socket_timeout: float = 5.0) -> Redis
     """Make a client (it connects on first use).
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, with password and database.
+        url: `redis://`, `rediss://` (TLS), `unix://` or `redis+sentinel://` (see
+            `shared.sentinel`), with password and database.
         retries: attempts after a lost connection, with jitter, at most half a second apart.
         socket_timeout: seconds; must exceed the `BLOCK` of any blocking command.
     """
-    tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
-    redis: Redis = Redis.from_url(
-        url,
-        socket_timeout=socket_timeout,
-        socket_connect_timeout=2.0,
-        health_check_interval=15,
-        retry=Retry(
+    options: dict[str, Any] = {
+        "socket_timeout": socket_timeout,
+        "socket_connect_timeout": 2.0,
+        "health_check_interval": 15,
+        "retry": Retry(
             EqualJitterBackoff(cap=0.5, base=0.02),
             retries,
             supported_errors=(RedisConnectionError, RedisTimeoutError, OSError),  # type: ignore[arg-type]
         ),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError],
-        **tcp,
-    )
+        "retry_on_error": [RedisConnectionError, RedisTimeoutError, BusyLoadingError],
+    }
+    if not url.startswith("unix:"):
+        options["socket_keepalive"] = True
+    if url.startswith(sentinel.SCHEMES):
+        kind, found = sentinel.parse(url)
+        return Redis.from_pool(ConnectionPool(connection_class=kind, **{**options, **found}))
+    redis: Redis = Redis.from_url(url, **options)
     return redis
 
 

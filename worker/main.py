@@ -9,6 +9,7 @@ import logging
 import secrets
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from shared import logs, metrics
@@ -20,7 +21,7 @@ from shared.session_log import SessionLog
 from shared.settings import WorkerSettings
 from shared.store import FAILED, Store, connect
 from shared.tasks import stop
-from worker import meter
+from worker import healthcheck, meter
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig
 from worker.engine_client import EngineClient
@@ -128,11 +129,23 @@ class WorkerProcess:
             slots=self._settings.max_batch_size,
         )
 
+    def _write_status(self, info: WorkerInfo) -> None:
+        if self._settings.status_file:
+            healthcheck.write(
+                Path(self._settings.status_file),
+                state=info.state,
+                reason=info.reason,
+                model=info.model,
+                running=info.running,
+                slots=info.slots,
+            )
+
     async def _announce_forever(self) -> None:
         last = None
         while True:
             self._on_engine_state(self._engine.state)
             info = self._info()
+            self._write_status(info)
             with contextlib.suppress(*FAILED):
                 await self._fleet.announce(info)
             for _ in range(10):  # a change of state is said at once
@@ -144,6 +157,7 @@ class WorkerProcess:
     async def _shut_down(self, *background: asyncio.Task[None]) -> None:
         log.info("shutdown", extra={"worker": self.id, "running": self._consumer.running})
         self._draining = True
+        self._write_status(self._info())
         others = False
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)

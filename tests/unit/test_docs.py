@@ -9,12 +9,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 import run
 from shared.settings import GatewaySettings, WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {name.upper() for s in (GatewaySettings, WorkerSettings) for name in s.model_fields}
+COMPOSE = {  # what the compose files alone ask for, with its default
+    name: default
+    for path in sorted(ROOT.glob("docker-compose*.yml"))
+    for name, default in re.findall(r"\$\{([A-Z_]+):?-([^{}]*)\}", path.read_text())
+    if name not in SETTINGS
+}
 
 CODE_LINK = re.compile(r"\[(\w+)\.(\w+) ([^\]]+)\]\(([^)#]+?\.\w+)(?::(\d+)|#L(\d+))\)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -94,15 +101,26 @@ def default_text(value: object) -> str:
 def test_the_example_file_names_each_setting_with_its_default() -> None:
     """`.env.example` lists the settings, each once, as they are without it."""
     text = (ROOT / ".env.example").read_text()
-    assert sorted(env_names(text)) == sorted(SETTINGS)
+    assert sorted(env_names(text)) == sorted([*SETTINGS, *COMPOSE])
     fields = {**GatewaySettings.model_fields, **WorkerSettings.model_fields}
     for name, shown in re.findall(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE):
-        assert shown == default_text(fields[name.lower()].default).removesuffix(".0"), name
+        field = fields.get(name.lower())
+        default = default_text(field.default) if field else COMPOSE[name]
+        assert shown == default.removesuffix(".0"), name
 
 
 def test_the_readme_documents_each_setting() -> None:
     """The README's configuration table lists the settings, each once."""
-    assert sorted(table_names((ROOT / "README.md").read_text())) == sorted(SETTINGS)
+    names = table_names((ROOT / "README.md").read_text())
+    assert sorted(names) == sorted([*SETTINGS, *COMPOSE])
+
+
+def test_each_container_gets_its_settings_and_no_others() -> None:
+    """The compose file passes on what a part reads, and nobody else's secrets."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for name, settings in (("gateway", GatewaySettings), ("worker", WorkerSettings)):
+        passed = set(services[name]["environment"])
+        assert passed == {field.upper() for field in settings.model_fields}, name
 
 
 def test_the_progress_log_points_to_code_that_exists() -> None:
@@ -138,10 +156,11 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 
 def test_nothing_names_a_path_of_some_machine() -> None:
-    """The repository makes sense on any machine."""
+    """The repository makes sense on any machine; a Dockerfile's paths are those of its image."""
     own = Path(__file__)
     for path in tracked():
-        if path != own and (found := MACHINE_PATHS.search(path.read_text(errors="ignore"))):
+        text = "" if path == own or path.name == "Dockerfile" else path.read_text(errors="ignore")
+        if found := MACHINE_PATHS.search(text):
             pytest.fail(f"{path.relative_to(ROOT)}: {found[0]}")
 
 

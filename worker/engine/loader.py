@@ -141,7 +141,8 @@ def _download(config: EngineConfig, patterns: list[str], progress: Progress) -> 
             percent = int(100 * self.n / self.total) if self.total else 0
             if not self.counts_files and percent != self.last:
                 self.last = percent
-                progress("downloading", min(percent, 100) / 100)
+                size = f"downloading {self.n / 1e9:.2f} of {self.total / 1e9:.2f} GB"
+                progress(size, min(percent, 100) / 100)
             return drawn
 
     return Path(
