@@ -61,6 +61,8 @@ async def session(session_id: str, request: Request) -> dict[str, Any]:
         "last_index": record.last,
         "queue_position": await services.queue.position(session_id) if waits else None,
         "usage": usage_json(record.usage) if record.usage else None,
+        "exact": record.exact,
+        "takeovers": record.takeovers,
         **await _how_it_ended(services, session_id, record),
     }
 

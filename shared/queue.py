@@ -117,6 +117,22 @@ class SessionQueue:
             args += pair
         return [sid.decode() for sid in await self._store.run("renew", [keys.LEASES], args)]
 
+    async def begin(
+        self, claimed: Claimed, engine: str, media: str, prompt_tokens: int, *, exact: bool
+    ) -> Literal["begun", "lost", "media_changed"]:
+        """Note what a session is generated from, or compare it with what it was begun with.
+
+        Args:
+            claimed: the session and our lease.
+            engine: the fingerprint of our engine.
+            media: the content hashes of the request's media.
+            prompt_tokens: the length of the prompt.
+            exact: our engine continues as an undisturbed run would.
+        """
+        args = [claimed.lease, engine, int(exact), media, prompt_tokens]
+        reply = await self._store.run("begin", [keys.session(claimed.session_id)], args)
+        return {1: "begun", 0: "lost"}.get(reply, "media_changed")  # type: ignore[return-value]
+
     async def release(self, claimed: Claimed, *, blameless: bool = True) -> bool:
         """Give a session back to its old place; False where the lease is no longer ours.
 

@@ -44,7 +44,11 @@ class Append(NamedTuple):
 
 
 class SessionRecord(msgspec.Struct, frozen=True):
-    """What is known of a session beside its events. Times are Unix seconds of Redis' clock."""
+    """What is known of a session beside its events. Times are Unix seconds of Redis' clock.
+
+    `engine` and `media` (content hashes) are what its first tokens came from; `exact` tells whether
+    its text is that of an undisturbed run, after `takeovers` changes of worker.
+    """
 
     owner: str
     digest: str
@@ -61,6 +65,11 @@ class SessionRecord(msgspec.Struct, frozen=True):
     ended: int | None = None
     usage: Usage | None = None
     response: ResponseParams | None = None
+    engine: str = ""
+    media: str = ""
+    prompt_tokens: int = 0
+    exact: bool = True
+    takeovers: int = 0
 
     @property
     def runs_unwatched(self) -> bool:

@@ -22,6 +22,7 @@ class SharedSettings(BaseSettings):
     cancel_after_disconnect_seconds: float = Field(default=3600, ge=0)
     persist_sessions: Flag = False
     drain_seconds: float = Field(default=20, ge=0)
+    queue_timeout_seconds: float = Field(default=600, ge=1, le=12 * 3600)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
@@ -72,4 +73,7 @@ class WorkerSettings(SharedSettings):
     engine_threads: int = Field(default=1, ge=1)
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    exact: Literal["auto", "0", "1"] = "auto"
+    max_attempts: int = Field(default=3, ge=1)
+    step_timeout_seconds: float = Field(default=120, gt=0)
     status_file: str = ""

@@ -185,8 +185,8 @@ class LeasedWorker(Worker):
         except OtherModel:
             await asyncio.sleep(OTHERS_SECONDS)  # let the right worker take it
             await self._give_back(claimed, blameless=True)
-        except EngineGone:
-            await self._give_back(claimed, blameless=False)
+        except EngineGone as gone:
+            await self._give_back(claimed, blameless=gone.blameless)
         except asyncio.CancelledError:
             await self._give_back(claimed, blameless=True)
             raise

@@ -1,30 +1,27 @@
 """The asyncio side of the engine: starts its process, sends commands, hands out what comes back.
 
-It watches the process and starts another where it dies, which sequences do not outlive.
+It watches the process, and starts another where it dies, hangs or cannot load the model. Sequences
+do not outlive it: their owner is told, and decides whether to continue them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import multiprocessing
-import queue
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shared.protocol import CancelReason
+from shared.tasks import stop
 from worker import meter
-from worker.engine.channel import Disconnected, FrameReader, encode, send_frame
+from worker.engine.channel import Disconnected
 from worker.engine.messages import (
     Abort,
     Add,
+    Busy,
     Cancel,
     Command,
     EngineConfig,
@@ -35,13 +32,16 @@ from worker.engine.messages import (
     Step,
     Stop,
 )
-from worker.engine.process import run
+from worker.engine_process import STOP_SECONDS, EngineProcess
 
 log = logging.getLogger("unbroken.engine_client")
 
 RESTART_DELAYS = (0.1, 1.0, 5.0, 15.0, 30.0)  # seconds before the next start, per death in a row
 STABLE_SECONDS = 60.0  # an engine that served this long has a clean record again
-STOP_SECONDS = 2.0  # given to each of: a polite end, SIGTERM
+LOAD_DELAYS = (30.0, 60.0, 120.0, 300.0)  # seconds before the next try to load the model
+STEP_SECONDS = 120.0
+FIRST_STEP = 3.0  # how many times longer the first step may take: kernels are chosen, memory found
+WATCH_SECONDS = 0.25
 
 
 class LoadFailedError(Exception):
@@ -52,7 +52,7 @@ class LoadFailedError(Exception):
 class EngineState:
     """Where the engine stands.
 
-    `reason` says why it failed (no restart helps: it stays so until `restart`) or died (the next
+    `reason` says why it failed (the model cannot be loaded; tried again later) or died (the next
     start is under way). `loading` is the last progress, `ready` what is served.
     """
 
@@ -74,6 +74,8 @@ class EngineClient:
         on_state: is called in the event loop with each new state.
         on_step_end: is called after the outputs of one step went to their sinks.
         restart_delays: seconds to wait before a new start, after 1, 2, … deaths in a row.
+        load_delays: the same, after loads that failed.
+        step_seconds: an engine with sequences that is silent for so long hangs, and is killed.
     """
 
     def __init__(
@@ -82,18 +84,27 @@ class EngineClient:
         on_state: Callable[[EngineState], None] = lambda _: None,
         on_step_end: Callable[[], None] = lambda: None,
         restart_delays: Sequence[float] = RESTART_DELAYS,
+        load_delays: Sequence[float] = LOAD_DELAYS,
+        step_seconds: float = STEP_SECONDS,
     ) -> None:
         self.config = config
         self.on_state, self.on_step_end = on_state, on_step_end
         self.state = EngineState("loading")
-        self._restart_delays = restart_delays
+        self._delays = {"dead": restart_delays, "failed": load_delays}
+        self._step_seconds = step_seconds
         self._sinks: dict[int, Sink] = {}
         self._handles = itertools.count(1)
-        self._process: _EngineProcess | None = None
+        self._process: EngineProcess | None = None
         self._restarting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._silence = 0.0  # seconds since the engine last spoke, as far as this loop ran
+        self._stepped = False
+        self._verdict: str | None = None  # why it was killed from here
+        self._admitted: set[int] = set()
+        self._suspects: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
         self._deaths = 0
-        self._ready_since = 0.0
+        self._ready_since = float("inf")
 
     @property
     def pid(self) -> int | None:
@@ -106,8 +117,13 @@ class EngineClient:
         Call it from the main thread: Linux ends the process with the thread that started it.
         """
         self._set_state(EngineState("loading"))
-        self._process = process = _EngineProcess(self.config)
+        self._process = process = EngineProcess(self.config)
         process.watch(self._on_readable)
+        self._silence, self._stepped, self._verdict = 0.0, False, None
+        self._ready_since = float("inf")
+        self._admitted, self._suspects = set(), frozenset()
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch(), name="engine watch")
 
     async def ready(self) -> Ready:
         """Wait until the model is loaded.
@@ -126,6 +142,14 @@ class EngineClient:
         """Return a handle that no other sequence of this client has."""
         return next(self._handles)
 
+    def blames(self, handle: int) -> bool:
+        """Tell, as a sink is told that the engine died, whether its sequence may be the reason.
+
+        Those that the engine had not begun are not, nor those beside the one it was busy with.
+        """
+        suspects = self._suspects or self._admitted
+        return not suspects or handle in suspects
+
     def add(self, message: Add, sink: Sink) -> None:
         """Send a sequence to the engine.
 
@@ -133,6 +157,8 @@ class EngineClient:
         the last of which bears `finish` or `error`; or with None, at any time, and nothing after:
         the engine died, or there is none. While the model loads, sequences wait.
         """
+        if not self._sinks:
+            self._silence = 0.0
         self._sinks[message.handle] = sink
         if self._process is None or self.state.phase in ("failed", "dead"):
             asyncio.get_running_loop().call_soon(self._bury, [message.handle])
@@ -159,6 +185,8 @@ class EngineClient:
 
         The sinks of sequences still in it get None.
         """
+        if self._watching:
+            await stop(self._watching)
         await self._cancel_restart()
         if self._process and self.state.phase == "ready":
             self._process.unwatch()  # its end is no death now
@@ -179,10 +207,10 @@ class EngineClient:
     async def _leave(self, reason: str) -> None:
         """Part with the process, dead or alive."""
         process, self._process = self._process, None
-        if process:
-            await process.end()
         self._set_state(EngineState("dead", reason))
         self._bury(self._sinks)
+        if process:
+            await process.end()
 
     def _bury(self, handles: Iterable[int]) -> None:
         """Tell sequences that there is no engine for them any more."""
@@ -197,18 +225,22 @@ class EngineClient:
         self._changed.set()
         self.on_state(state)
 
-    def _on_readable(self, process: _EngineProcess) -> None:
+    def _on_readable(self, process: EngineProcess) -> None:
         try:
             reports = process.reader.read()
         except Disconnected:
             self._on_gone(process)
             return
+        self._silence = 0.0
         for report in reports:
             self._on_report(report)
 
     def _on_report(self, report: Report) -> None:
         if isinstance(report, Step):
             self._on_step(report)
+        elif isinstance(report, Busy):
+            self._suspects = frozenset(report.handles)
+            self._admitted.update(report.handles)
         elif isinstance(report, Loading):
             self._set_state(EngineState("loading", loading=report))
         elif isinstance(report, Ready):
@@ -222,33 +254,36 @@ class EngineClient:
 
     def _on_step(self, step: Step) -> None:
         meter.step(step, self.state.ready)
+        self._stepped = True
         for output in step.outputs:
             last = output.finish is not None or output.error is not None
             sink = (self._sinks.pop if last else self._sinks.get)(output.handle, None)
+            if last:
+                self._admitted.discard(output.handle)
             if sink is not None:  # None: aborted while this was on its way
                 _call(sink, output)
         self.on_step_end()
 
-    def _on_gone(self, process: _EngineProcess) -> None:
+    def _on_gone(self, process: EngineProcess) -> None:
         """Act on a closed socket: the process has ended or is about to."""
         process.unwatch()
         self._restarting = asyncio.create_task(self._replace(process))
 
-    async def _replace(self, process: _EngineProcess) -> None:
-        """Find out how the process ended; start another, unless the model cannot be loaded."""
+    async def _replace(self, process: EngineProcess) -> None:
+        """Find out how the process ended, and start another, later where the model cannot load."""
         await process.gone(STOP_SECONDS)
         await process.end()
         self._process = None
-        if self.state.phase == "failed":
-            return
-        reason = process.epitaph(self.state.phase)
-        log.error("%s", reason)
-        if self.state.ready and time.monotonic() - self._ready_since > STABLE_SECONDS:
-            self._deaths = 0
-        self._set_state(EngineState("dead", reason))
-        self._bury(self._sinks)
+        if self.state.phase != "failed":
+            reason = self._verdict or process.epitaph(self.state.phase)
+            log.error("%s", reason)
+            if time.monotonic() - self._ready_since > STABLE_SECONDS:
+                self._deaths = 0
+            self._set_state(EngineState("dead", reason))
+            self._bury(self._sinks)
+        delays = self._delays[self.state.phase]
         while self._process is None:
-            delay = self._restart_delays[min(self._deaths, len(self._restart_delays) - 1)]
+            delay = delays[min(self._deaths, len(delays) - 1)]
             self._deaths += 1
             meter.engine_restarted()
             await asyncio.sleep(delay)
@@ -257,88 +292,26 @@ class EngineClient:
             except OSError:  # no processes or memory to be had just now
                 log.exception("the engine process could not be started")
 
+    async def _watch(self) -> None:
+        """Kill an engine that says nothing for longer than a step may take.
 
-class _EngineProcess:
-    """One life of the engine process: its socket, and the thread that writes to it.
-
-    A thread, since a prompt may hold megabytes of pixels: the event loop does not wait for them,
-    and they cross at once instead of a socket buffer per turn of the loop.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.sock, theirs = socket.socketpair()
-        self.reader = FrameReader(self.sock)
-        self._watched = False
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=run, args=(theirs, config), name="engine", daemon=True
-        )
-        self._process.start()
-        self.pid = self._process.pid
-        theirs.close()  # else its end would not close this socket
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
-        self._writer.start()
-
-    def send(self, command: Command) -> None:
-        """Send a command, in order, without waiting."""
-        self._commands.put(command)
-
-    def watch(self, on_readable: Callable[[_EngineProcess], None]) -> None:
-        """Call back in the event loop whenever something has arrived."""
-        asyncio.get_running_loop().add_reader(self.sock, on_readable, self)
-        self._watched = True
-
-    def unwatch(self) -> None:
-        """Stop calling back."""
-        if self._watched:
-            asyncio.get_running_loop().remove_reader(self.sock)
-        self._watched = False
-
-    async def gone(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the process's end; return whether it came."""
-        deadline = time.monotonic() + seconds
-        while self._process.is_alive():
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.01)
-        return True
-
-    async def end(self) -> None:
-        """End the process by whatever it takes, and release what it held."""
-        self.unwatch()
-        if self._process.is_alive():
-            self._process.terminate()
-        if not await self.gone(STOP_SECONDS):
-            self._process.kill()
-            await self.gone(STOP_SECONDS)
-        self._commands.put(None)
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # a write under way fails
-        self._writer.join(STOP_SECONDS)  # microseconds: its socket is shut
-        self.sock.close()
-
-    def epitaph(self, phase: str) -> str:
-        """Say in a sentence how the process ended, given the state that it ended in."""
-        code = self._process.exitcode
-        where = "while it loaded the model" if phase == "loading" else "while it served"
-        if code is None or code >= 0:
-            return f"The engine process ended {where} (exit code {code})."
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if phase == "loading" and name == "SIGKILL" else ""
-        return f"The engine process was killed {where} ({name}{hint})."
-
-    def _write(self) -> None:
+        Only time in which this loop ran counts: after a pause of the whole worker, what the engine
+        said meanwhile is read first.
+        """
+        before = time.monotonic()
         while True:
-            command = self._commands.get()
-            if command is None:
-                return
-            try:
-                send_frame(self.sock, encode(command))
-            except Exception as error:
-                if not isinstance(error, Disconnected):  # deaf, it is as good as dead
-                    log.exception("a command could not be sent")
-                    self.sock.shutdown(socket.SHUT_RDWR)
-                return  # the reader notices too, and acts on it
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            self._silence += min(now - before, 2 * WATCH_SECONDS)
+            before = now
+            if not self._sinks or self.state.phase != "ready":
+                self._silence = 0.0
+            limit = self._step_seconds * (1.0 if self._stepped else FIRST_STEP)
+            if self._process and self._silence > limit:
+                self._verdict = f"The engine process hung: it was silent for {limit:g} s."
+                self._set_state(EngineState("dead", self._verdict))
+                self._bury(self._sinks)
+                self._process.kill()
 
 
 def _call(sink: Sink, output: Output | None) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shared.fleet import Fleet
     from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
     from shared.queue import Claimed, SessionQueue
-    from shared.session_log import Entry, SessionLog
+    from shared.session_log import Entry, SessionLog, SessionRecord
     from worker.engine.messages import Output, Prompt
     from worker.engine_client import EngineClient
     from worker.prompts import PromptBuilder
@@ -27,15 +27,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unbroken.job")
 
-MAX_ATTEMPTS = 3
-
 
 class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
     """The session is another worker's now, or gone: drop it without a word."""
 
 
 class EngineGone(Exception):  # noqa: N818 - see LeaseLost
-    """The engine died under the session: it goes back to the queue."""
+    """The engine died under the session: it goes back to the queue.
+
+    Args:
+        blameless: the engine was not busy with it.
+    """
+
+    def __init__(self, *, blameless: bool = False) -> None:
+        super().__init__()
+        self.blameless = blameless
 
 
 class OtherModel(Exception):  # noqa: N818 - see LeaseLost
@@ -106,7 +112,7 @@ class SessionJob:
         log.info("stream start", extra=extra)
         self._meter = meter = RunMeter(record.model, record, self.claimed.lease)
         try:
-            ending = await self._generate(raw, record.attempts)
+            ending = await self._generate(raw, record)
             self._drop_handles()
             if not await writer.finish(ending):
                 raise LeaseLost
@@ -136,23 +142,32 @@ class SessionJob:
             event = Failed(error.code, error.message, error.param)
             await writer.finish(Ending(event, "failed"))
 
-    async def _generate(self, raw: bytes | None, attempts: int) -> Ending:
+    async def _generate(self, raw: bytes | None, record: SessionRecord) -> Ending:
         try:
-            request = _admissible(raw, attempts)
+            request = _readable(raw)
             entries = await self._read_log()
             generated = replay(entries, request.sampling.n)
             thoughts = replay(entries, request.sampling.n, "reasoning")
             self._counts = {
                 choice: (len(ids), len(thoughts[choice])) for choice, ids in enumerate(generated)
             }
+            self._prompt_tokens = record.prompt_tokens
+            self._check_attempts(record)
             prompt = await self._prepare(request)
             if prompt is None:
                 return self._ending(request.sampling.n)
-            await self._run_engine(prompt, request, generated)
+            self._run_engine(prompt, request, generated, trial=record.attempts > 1)
+            await self._done
             return self._ending(request.sampling.n)
         except UnbrokenError as error:
             event = Failed(error.code, error.message, error.param)
             return Ending(event, "failed", self._usage())
+
+    def _check_attempts(self, record: SessionRecord) -> None:
+        """Give up a session under which workers or engines died again and again."""
+        most = self._parts.max_attempts
+        if record.attempts > most:
+            raise UnbrokenError("generation_failed", f"The generation failed {most} times.")
 
     async def _read_log(self) -> list[Entry]:
         entries: list[Entry] = []
@@ -164,7 +179,11 @@ class SessionJob:
                 return entries
 
     async def _prepare(self, request: GenerationRequest) -> Prompt | None:
-        """Fetch, decode and tokenize; None if the session is cancelled meanwhile."""
+        """Fetch, decode and tokenize; None if the session is cancelled meanwhile.
+
+        Raises:
+            UnbrokenError: the request is at fault, or its media are no longer what they were.
+        """
         task = asyncio.ensure_future(self._parts.prompts.build(request))
         try:
             either: set[asyncio.Future[Any]] = {task, self._interrupted}
@@ -172,35 +191,62 @@ class SessionJob:
             if self._interrupted.done():
                 self._interrupted.result()  # raises LeaseLost
                 return None
-            prompt, _hashes = task.result()
-            return prompt
+            prompt, hashes = task.result()
         finally:
             task.cancel()
+        await self._begin(prompt, hashes)
+        return prompt
 
-    async def _run_engine(
-        self, prompt: Prompt, request: GenerationRequest, generated: Sequence[tuple[int, ...]]
-    ) -> None:
+    async def _begin(self, prompt: Prompt, hashes: Sequence[str]) -> None:
+        """Note what the session is generated from; it must be what it was begun with."""
         self._prompt_tokens = len(prompt.input_ids)
+        engine = self._parts.engine.state.ready
+        if engine is None:  # it died meanwhile
+            raise EngineGone(blameless=True)
+        outcome = await self._parts.queue.begin(
+            self.claimed,
+            engine.fingerprint,
+            ",".join(hashes),
+            self._prompt_tokens,
+            exact=engine.exact,
+        )
+        if outcome == "lost":
+            raise LeaseLost
+        if outcome == "media_changed":
+            raise UnbrokenError(
+                "media_changed",
+                "An image or a video has changed since the generation began, so it cannot go on.",
+                "messages",
+            )
+
+    def _run_engine(
+        self,
+        prompt: Prompt,
+        request: GenerationRequest,
+        generated: Sequence[tuple[int, ...]],
+        *,
+        trial: bool,
+    ) -> None:
         if self._meter:
             self._meter.in_engine(self._prompt_tokens, generated)
         for choice in range(request.sampling.n):
             handle = self._parts.engine.new_handle()
             self._handles[handle] = choice
             self._parts.engine.add(
-                Add(handle, prompt, request.sampling_for(choice), generated[choice]),
+                Add(handle, prompt, request.sampling_for(choice), generated[choice], trial),
                 self._on_output,
             )
         if self._reason:
             for handle in self._handles:
                 self._parts.engine.cancel(handle, self._reason)
-        await self._done
 
     def _on_output(self, output: Output | None) -> None:
         """Take one step's output of one choice; None says that the engine died."""
         if self._done.done():
             return
         if output is None:
-            self._done.set_exception(EngineGone())
+            blamed = any(self._parts.engine.blames(handle) for handle in self._handles)
+            self._done.set_exception(EngineGone(blameless=not blamed))
             return
         choice = self._handles[output.handle]
         if output.error:
@@ -254,16 +300,16 @@ class Parts:
         prompts: PromptBuilder,
         engine: EngineClient,
         fleet: Fleet,
+        max_attempts: int = 3,
     ) -> None:
         self.log, self.queue, self.publisher = log, queue, publisher
         self.prompts, self.engine, self.fleet = prompts, engine, fleet
+        self.max_attempts = max_attempts
 
 
-def _admissible(raw: bytes | None, attempts: int) -> GenerationRequest:
+def _readable(raw: bytes | None) -> GenerationRequest:
     if raw is None:
         raise UnbrokenError("generation_failed", "The request is no longer kept.")
-    if attempts > MAX_ATTEMPTS:
-        raise UnbrokenError("generation_failed", f"The generation failed {MAX_ATTEMPTS} times.")
     return protocol.decode_request(raw)
 
 

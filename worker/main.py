@@ -52,7 +52,11 @@ class WorkerProcess:
         watch_ms = int(settings.cancel_after_disconnect_seconds * 1000)
         self._fleet = Fleet(self._store)
         self._publisher = Publisher(SessionLog(self._store, archived=archived), kept_seconds=kept)
-        self._engine = EngineClient(engine_config(settings), self._on_engine_state)
+        self._engine = EngineClient(
+            engine_config(settings),
+            self._on_engine_state,
+            step_seconds=settings.step_timeout_seconds,
+        )
         self._prompts = PromptBuilder(settings)
         queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived)
         parts = Parts(
@@ -62,6 +66,7 @@ class WorkerProcess:
             prompts=self._prompts,
             engine=self._engine,
             fleet=self._fleet,
+            max_attempts=settings.max_attempts,
         )
         self._engine.on_step_end = self._publisher.flush
         self._consumer = LeasedWorker(
@@ -205,6 +210,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         max_batch_size=settings.max_batch_size,
         context_length=settings.context_length,
         threads=settings.engine_threads,
+        exact={"auto": None, "0": False, "1": True}[settings.exact],
     )
 
 

@@ -286,7 +286,7 @@ def test_numbers_that_are_not_finite_fail_their_own_sequence(loaded, driver):
 
 
 def test_a_sequence_without_memory_fails_and_the_others_go_on(loaded, driver, monkeypatch):
-    """Where a step finds no room, the longest sequence is given up, and no other."""
+    """Where a step finds no room, the newest waits for the others, and one that is alone fails."""
     reserve = driver.engine.runner.reserve
 
     def narrow(rows):
@@ -515,3 +515,120 @@ def test_the_fingerprint_names_what_rounding_depends_on(folder, loaded):
     assert torch.__version__ in loaded.fingerprint
     other = load(config(folder, dtype="float32"), lambda *_: None)
     assert other.fingerprint != loaded.fingerprint
+
+
+def explode_for(driver, monkeypatch, handle, error, after=0):
+    """Make each decode step with this sequence in it raise, once it has `after` tokens."""
+    decode, calls = driver.engine.runner.decode, []
+
+    def broken(rows):
+        calls.append([s.handle for s in rows])
+        if any(s.handle == handle and len(s.output_ids) > after for s in rows):
+            raise error
+        return decode(rows)
+
+    monkeypatch.setattr(driver.engine.runner, "decode", broken)
+    return calls
+
+
+def test_a_step_that_raises_fails_the_sequence_that_caused_it(loaded, driver, monkeypatch):
+    """The batch is tried row by row: the culprit fails, the others have all their tokens."""
+    explode_for(driver, monkeypatch, 2, RuntimeError("shape"), after=3)
+    for handle in (1, 2, 3):
+        driver.add(handle, text_prompt(5 + handle))
+    driver.drain()
+    assert driver.last(2).error[0] == "generation_failed"
+    assert "shape" not in driver.last(2).error[1]
+    for handle in (1, 3):
+        assert driver.ids(handle) == oracle(loaded, text_prompt(5 + handle))
+
+
+def test_a_lack_of_memory_makes_the_newest_wait(loaded, driver, monkeypatch):
+    """Steps that need too much memory end nothing: the newest goes on when others have left."""
+    decode, sizes = driver.engine.runner.decode, []
+
+    def narrow(rows):
+        if len(rows) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        sizes.append(len(rows))
+        return decode(rows)
+
+    monkeypatch.setattr(driver.engine.runner, "decode", narrow)
+    sampled = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    for handle in range(5):
+        driver.add(handle, text_prompt(6 + handle), sampled)
+        driver.step()
+    driver.drain()
+    for handle in range(5):
+        assert driver.ids(handle) == alone(loaded, text_prompt(6 + handle), sampled)
+    assert max(sizes) == 2
+    assert driver.engine.scheduler.running == []
+
+
+def test_a_prefill_without_memory_waits_until_another_has_left(loaded, driver, monkeypatch):
+    """A prompt that finds no room beside the others is prefilled when one of them has ended."""
+    prefill, tries = driver.engine.runner.prefill, []
+
+    def narrow(sequence):
+        tries.append(sequence.handle)
+        if len(driver.engine.scheduler.running) > 1:
+            raise torch.OutOfMemoryError
+        return prefill(sequence)
+
+    monkeypatch.setattr(driver.engine.runner, "prefill", narrow)
+    driver.add(1, text_prompt(6))
+    driver.add(2, text_prompt(7))
+    driver.drain()
+    assert tries == [1, 2, 2]
+    assert driver.ids(2) == oracle(loaded, text_prompt(7))
+
+
+def test_a_sequence_on_trial_has_its_first_step_alone(loaded, driver, monkeypatch):
+    """Whatever may have killed an engine is prefilled and decoded once without the others."""
+    calls, busy = explode_for(driver, monkeypatch, -1, None), []
+    monkeypatch.setattr(driver.engine, "_on_busy", busy.append)
+    driver.add(1, text_prompt(6))
+    driver.step()
+    driver.step()
+    driver.engine.handle(Add(2, text_prompt(7), GREEDY, (), trial=True))
+    del calls[:], busy[:]
+    driver.step()
+    assert (calls, busy) == ([], [(2,), ()])
+    driver.step()
+    assert (calls, busy[2:]) == ([[2]], [(2,), ()])
+    driver.step()
+    assert calls[1:] == [[1, 2]]
+    driver.drain()
+    for handle in (1, 2):
+        assert driver.ids(handle) == oracle(loaded, text_prompt(5 + handle))
+
+
+@pytest.fixture(scope="session")
+def half(folder):
+    """The demo model in bfloat16, exact."""
+    return load(config(folder, dtype="bfloat16"), lambda *_: None)
+
+
+def test_a_half_precision_sequence_is_continued_exactly(half):
+    """In bfloat16 the logged tokens go through the decode step again, beside running ones."""
+    assert (half.exact, half.replay) == (True, True)
+    prompts = [text_prompt(9), image_prompt(half, seed=4), text_prompt(60)]
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=1.0, seed=number, max_tokens=24, ignore_eos=True)
+        whole = alone(half, prompt, sampling)
+        driver = Driver(Engine(half, 8))
+        seams = (0, 1, 13, 24)
+        for seam in seams:
+            driver.add(seam, prompt, sampling, whole[:seam])
+            driver.step()
+        driver.drain()
+        for seam in seams:
+            assert whole[:seam] + driver.ids(seam) == whole
+
+
+def test_exactness_is_a_choice_in_half_precision(folder):
+    """`EXACT=0` continues bfloat16 by a prefill, and says so; float64 needs no replay."""
+    quick = load(config(folder, dtype="bfloat16", exact=False), lambda *_: None)
+    assert (quick.exact, quick.replay) == (False, False)
+    wide = load(config(folder, exact=False), lambda *_: None)
+    assert (wide.exact, wide.replay) == (True, False)

@@ -181,6 +181,36 @@ async def test_attempts_count_only_while_the_log_does_not_grow(queue, log, store
         await expire_lease(store, "s1")
 
 
+async def test_begin_notes_what_a_session_is_generated_from(queue, log, store):
+    """The first tokens' media must stay the same; another engine makes the session inexact."""
+    await queue.submit(submission(), 10)
+    [one] = (await queue.claim("w1", 1)).sessions
+    assert await queue.begin(one, "fp1", "h1", 7, exact=True) == "begun"
+    assert await queue.begin(one, "fp2", "h2", 7, exact=True) == "begun"  # nothing generated yet
+    await log.append([Append(*one, 1, [delta(1)])])
+    await expire_lease(store, "s1")
+    [two] = (await queue.claim("w2", 1)).sessions
+    assert await queue.begin(one, "fp2", "h2", 7, exact=True) == "lost"
+    assert await queue.begin(two, "fp2", "other", 7, exact=True) == "media_changed"
+    assert await queue.begin(two, "fp2", "h2", 7, exact=True) == "begun"
+    record = await log.record("s1")
+    assert (record.exact, record.takeovers, record.prompt_tokens) == (True, 1, 7)
+    assert await queue.begin(two, "fp3", "h2", 7, exact=True) == "begun"
+    assert not (await log.record("s1")).exact
+
+
+async def test_an_inexact_continuation_is_noted(queue, log):
+    """A worker that continues by another rounding says so, and nobody takes it back."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await queue.begin(mine, "fp", "", 7, exact=False)
+    assert (await log.record("s1")).exact  # not continued yet
+    await log.append([Append(*mine, 1, [delta(1)])])
+    await queue.begin(mine, "fp", "", 7, exact=False)
+    await queue.begin(mine, "fp", "", 7, exact=True)
+    assert not (await log.record("s1")).exact
+
+
 async def test_append_numbers_events_and_accepts_a_repeat_once(queue, log):
     """The same append sent again, as after a lost reply, changes nothing."""
     await queue.submit(submission(), 10)

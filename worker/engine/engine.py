@@ -6,18 +6,18 @@ A sequence's own failure (bad tensors, numbers that are not finite) ends that se
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shared.errors import UnbrokenError
-from shared.protocol import CancelReason
+from shared.protocol import CancelReason, FinishReason
 from worker.engine.detokenizer import Detokenizer
 from worker.engine.loader import LoadedModel, LoadError
 from worker.engine.messages import Abort, Add, Cancel, Command, Output, Piece
-from worker.engine.model_runner import ModelRunner, UnsupportedModelError
+from worker.engine.model_runner import ModelRunner, UnsupportedModelError, lacks_memory
 from worker.engine.sampler import BAD_ROW, Sampler
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
@@ -27,17 +27,14 @@ log = logging.getLogger("unbroken.engine")
 
 FAILED = "generation_failed"
 NO_MEMORY = "There is not enough memory to go on with this sequence."
+DECODE_FAILED = "The model could not compute the next token."
 PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
 TEXT_FAILED = "The next token could not be turned into text."
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """A sequence admitted in this step, with the logits `[1, V]` of its next token."""
-
-    sequence: Sequence
-    logits: Tensor
+Fresh = tuple[Sequence, Tensor]
+"""A sequence admitted in this step, and the logits `[1, V]` of its next token."""
 
 
 class Engine:
@@ -46,15 +43,24 @@ class Engine:
     Args:
         loaded: model and tokenizer.
         max_batch_size: most sequences that run at once.
+        on_busy: is told the handles of the sequences that alone can be to blame for what comes
+            next, and then none.
 
     Raises:
         LoadError: the model cannot be batched.
     """
 
-    def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
-        self.loaded = loaded
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        max_batch_size: int,
+        on_busy: Callable[[tuple[int, ...]], None] = lambda _: None,
+    ) -> None:
+        self.loaded, self._on_busy = loaded, on_busy
         try:
-            self.runner = ModelRunner(loaded.model, max_batch_size, loaded.context_length)
+            self.runner = ModelRunner(
+                loaded.model, max_batch_size, loaded.context_length, replay=loaded.replay
+            )
             self.runner.verify()
         except UnsupportedModelError as error:
             log.exception("the model cannot be batched")
@@ -87,21 +93,28 @@ class Engine:
     def step(self) -> tuple[Output, ...]:
         """Prefill at most one waiting sequence and decode the others; return what there is to say.
 
-        Each running sequence gets one token.
+        Each running sequence gets one token; only one that is on trial, while one is.
 
         Raises:
-            RuntimeError: the decode step failed; the engine is not to be used any more.
+            torch.AcceleratorError: the device is lost, and the engine with it.
         """
-        fresh = self._admit()
-        rows, logits = self._decode(fresh)
-        if logits is not None:
+        trial = next((s for s in self.scheduler.running if s.trial), None)
+        fresh = None if trial else self._admit()
+        rows, logits = self._decode(self._rows(trial, fresh))
+        if fresh and fresh[0].slot >= 0:
+            rows = [*rows, fresh[0]]
+            logits = fresh[1] if logits is None else torch.cat([logits, fresh[1]])
+        if trial:
+            trial.trial = trial.replays
+            self._on_busy(())
+        draws = [i for i, sequence in enumerate(rows) if not sequence.replays]
+        if logits is not None and draws:
+            if len(draws) < len(rows):
+                rows, logits = [rows[i] for i in draws], logits[draws]
             tokens = self._sample(logits, rows)
             views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
-            ended = [
-                sequence
-                for sequence, token, view in zip(rows, tokens, views, strict=True)
-                if self._advance(sequence, token, view)
-            ]
+            drawn = zip(rows, tokens, views, strict=True)
+            ended = [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
             # From the last row down: a row that ends too is not moved first.
             for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
                 self._remove(sequence)
@@ -117,7 +130,13 @@ class Engine:
     def _add(self, add: Add) -> None:
         context = self.loaded.context_length
         sequence = Sequence(
-            add.handle, add.prompt, add.sampling, self.loaded.eos_ids, context, add.generated
+            add.handle,
+            add.prompt,
+            add.sampling,
+            self.loaded.eos_ids,
+            context,
+            add.generated,
+            trial=add.trial,
         )
         if len(sequence.prompt_ids) >= context:
             message = (
@@ -174,47 +193,79 @@ class Engine:
         sequence = self.scheduler.admit()
         if sequence is None:
             return None
+        self._on_busy((sequence.handle,))
         try:
-            return Fresh(sequence, self.runner.prefill(sequence)[None])
+            return sequence, self.runner.prefill(sequence)[None]
         except torch.AcceleratorError:
             raise  # the device is lost, not the sequence
-        except (MemoryError, torch.OutOfMemoryError):
-            self._fail(sequence, FAILED, NO_MEMORY)
-        except Exception:
-            log.exception("prefill failed")
-            self._fail(sequence, FAILED, PREFILL_FAILED)
-        self._remove(sequence)
+        except Exception as error:
+            if lacks_memory(error):
+                self._make_room([sequence])
+            else:
+                log.exception("prefill failed")
+                self._fail(sequence, FAILED, PREFILL_FAILED)
+                self._remove(sequence)
+        finally:
+            self._on_busy(())
         return None
 
-    def _decode(self, fresh: Fresh | None) -> tuple[list[Sequence], Tensor | None]:
-        """Compute every running sequence's next logits; return rows and logits `[B, V]`.
+    def _rows(self, trial: Sequence | None, fresh: Fresh | None) -> list[Sequence]:
+        """Choose whom to decode: the one on trial alone, else all but the fresh one."""
+        if trial:
+            self._on_busy((trial.handle,))
+            return [trial]
+        if fresh is None:
+            return list(self.scheduler.running)
+        return [] if fresh[0].trial else self.scheduler.running[:-1]
 
-        A sequence that cannot go on is failed and left out. The fresh one, which sits in the last
-        row, has its logits already.
+    def _decode(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
+        """Compute the rows' next logits; return the rows that have some, and `[B, V]`.
+
+        A sequence that cannot go on is failed and left out. Where memory is short, one gives up its
+        place, and the others go on in the next step.
         """
-        rows = list(self.scheduler.running)
-        old = rows[:-1] if fresh else rows
-        parts = [self.runner.decode(old)] if old and self._reserve(old) else []
-        if old and not parts:
-            rows = []  # somebody's memory was given back; the others go on in the next step
-            old = []
-        if fresh:
-            parts.append(fresh.logits)
-            rows = [*old, fresh.sequence]
-        return rows, torch.cat(parts) if parts else None
-
-    def _reserve(self, rows: Rows[Sequence]) -> bool:
-        """Make room for a step; where there is none, fail the longest sequence and return False."""
+        if not rows:
+            return [], None
         try:
             self.runner.reserve(rows)
+            return rows, self.runner.decode(rows)
         except torch.AcceleratorError:
             raise
-        except (MemoryError, RuntimeError):
-            longest = max(rows, key=lambda s: s.length)
-            self._fail(longest, FAILED, NO_MEMORY)
-            self._remove(longest)
-            return False
-        return True
+        except Exception as error:
+            if lacks_memory(error):
+                self._make_room(rows)
+                return [], None
+            log.exception("a decode step failed; trying row by row")
+            return self._decode_one_by_one(rows)
+
+    def _decode_one_by_one(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
+        """Find out whom a decode step fails for: those fail, the others have their logits."""
+        going, parts, failed = [], [], []
+        for sequence in rows:
+            try:
+                parts.append(self.runner.decode([sequence]))
+                going.append(sequence)
+            except torch.AcceleratorError:
+                raise
+            except Exception:
+                log.exception("the decode step of a row failed")
+                failed.append(sequence)
+        for sequence in failed:
+            self._fail(sequence, FAILED, DECODE_FAILED)
+            self._remove(sequence)
+        return going, torch.cat(parts) if parts else None
+
+    def _make_room(self, rows: Rows[Sequence]) -> None:
+        """Have the newest of the rows wait until others have left; fail one that runs alone."""
+        newest = max(rows, key=lambda s: s.handle)
+        if len(self.scheduler.running) == 1:
+            self._fail(newest, FAILED, NO_MEMORY)
+            self._remove(newest)
+        else:
+            log.warning("memory is short: a sequence waits", extra={"running": len(rows)})
+            self._close_gap(self.scheduler.put_back(newest))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _sample(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
         """Draw a token per row; `BAD_ROW` where that is not possible."""
@@ -256,22 +307,21 @@ class Engine:
     def _finish(self, sequence: Sequence, pieces: tuple[Piece, ...]) -> None:
         """Say a sequence's last words: these pieces, and what its detokenizer held back."""
         reason, cancelled = finish_reason(sequence, self.cancelled)
-        self._outputs.append(
-            Output(
-                sequence.handle,
-                (*pieces, *sequence.detokenizer.finish()),
-                finish=reason,
-                cancelled=cancelled,
-                completion_tokens=len(sequence.output_ids),
-                reasoning_tokens=sequence.detokenizer.reasoning_tokens,
-            )
-        )
+        self._say(sequence, (*pieces, *sequence.detokenizer.finish()), reason, cancelled)
 
-    def _say(self, sequence: Sequence, pieces: tuple[Piece, ...]) -> None:
+    def _say(
+        self,
+        sequence: Sequence,
+        pieces: tuple[Piece, ...],
+        finish: FinishReason | None = None,
+        cancelled: CancelReason | None = None,
+    ) -> None:
         self._outputs.append(
             Output(
                 sequence.handle,
                 pieces,
+                finish,
+                cancelled,
                 completion_tokens=len(sequence.output_ids),
                 reasoning_tokens=sequence.detokenizer.reasoning_tokens,
             )
@@ -288,7 +338,10 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out of queue or batch, and close the gap its row leaves."""
-        moved = self.scheduler.remove(sequence)
+        self._close_gap(self.scheduler.remove(sequence))
+        self.cancelled.pop(sequence.handle, None)
+
+    def _close_gap(self, moved: Sequence | None) -> None:
+        """Bring the sequence that was the last row's into the row that is its own now."""
         if moved is not None:
             self.runner.move(len(self.scheduler.running), moved)
-        self.cancelled.pop(sequence.handle, None)

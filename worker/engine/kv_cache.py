@@ -67,8 +67,9 @@ class SlotLayer(CacheLayerMixin):
         rows, lengths = self.plan.index(self.device)
         self.keys[rows, :, lengths] = key_states[:, :, 0]
         self.values[rows, :, lengths] = value_states[:, :, 0]
-        batch, window = key_states.shape[0], self.plan.window
-        return self.keys[:batch, :, :window], self.values[:batch, :, :window]
+        first, window = self.plan.first, self.plan.window
+        end = first + key_states.shape[0]
+        return self.keys[first:end, :, :window], self.values[first:end, :, :window]
 
     def get_seq_length(self) -> int:
         """Tokens in the longest running row before this step."""
@@ -93,14 +94,14 @@ class SlotPlan:
 
     def __init__(self, max_rows: int, max_capacity: int) -> None:
         self.max_rows, self.max_capacity = max_rows, max_capacity
-        self.rows, self.capacity, self.window = 0, 0, 1
+        self.rows, self.capacity, self.window, self.first = 0, 0, 1, 0
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, lengths: Tensor, longest: int) -> None:
-        """Announce a decode step: row i's new token goes to position `lengths[i]`."""
-        rows = torch.arange(lengths.shape[0], device=lengths.device)
+    def begin(self, lengths: Tensor, longest: int, first: int = 0) -> None:
+        """Announce a decode step: row `first + i`'s new token goes to position `lengths[i]`."""
+        rows = torch.arange(first, first + lengths.shape[0], device=lengths.device)
         self._index = {lengths.device: (rows, lengths)}
-        self.window = longest + 1
+        self.window, self.first = longest + 1, first
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return rows and positions of the step's writes, on a layer's device."""

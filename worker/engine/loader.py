@@ -63,6 +63,8 @@ class LoadedModel:
     device: str
     dtype: str
     fingerprint: str
+    exact: bool = True
+    replay: bool = False
 
 
 def use_threads(count: int) -> None:
@@ -289,6 +291,10 @@ def _describe(
     text_config = model.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or config.context_length
     device, dtype = _device_name(model.device), _dtype_name(model.dtype)
+    # Where prefill rounds as decode does, the log need not be fed token by token.
+    cpu = model.device.type == "cpu"
+    alike = cpu and model.dtype not in HALF
+    wanted = cpu if config.exact is None else config.exact
     parts = (
         name,
         _content_hash(folder, model.config),
@@ -306,6 +312,8 @@ def _describe(
         device=device,
         dtype=dtype,
         fingerprint=" | ".join(parts),
+        exact=alike or wanted,
+        replay=wanted and not alike,
     )
 
 

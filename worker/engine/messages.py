@@ -25,6 +25,7 @@ class EngineConfig:
     max_batch_size: int
     context_length: int
     threads: int
+    exact: bool | None = None  # None: on a CPU only
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Add:
-    """Run a sequence. `generated` are the tokens it already has from the log (continuation)."""
+    """Run a sequence. `generated` are the tokens it already has from the log (continuation).
+
+    One on `trial` has its first step alone, because it may be what an engine died of.
+    """
 
     handle: int
     prompt: Prompt
     sampling: SamplingParams
     generated: tuple[int, ...] = ()
+    trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded. `fingerprint` names what exact continuation depends on."""
+    """The model is loaded. `fingerprint` names what exact continuation depends on.
+
+    `exact` says that a sequence continued here has the tokens of an undisturbed run.
+    """
 
     model: str
     context_length: int
@@ -93,6 +101,7 @@ class Ready:
     dtype: str
     fingerprint: str
     seconds: float
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,4 +146,14 @@ class Step:
     cache_usage: float = 0.0
 
 
-Report = Union[Loading, Ready, LoadFailed, Step]
+@dataclass(frozen=True)
+class Busy:
+    """The engine lives, and what follows is about these sequences alone; none named: about all.
+
+    Comes around whatever a single sequence may be to blame for, and now and then between steps.
+    """
+
+    handles: tuple[int, ...] = ()
+
+
+Report = Union[Loading, Ready, LoadFailed, Step, Busy]

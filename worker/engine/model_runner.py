@@ -38,14 +38,23 @@ class ModelRunner:
         model: in eval mode, on its device.
         max_batch_size: most rows of a decode step.
         context_length: most tokens of a sequence.
+        replay: decode each sequence by itself, and feed the tokens of a continued one through the
+            decode step once more: a batch, or a prefill, would round otherwise.
 
     Raises:
         UnsupportedModelError: the model has layers other than plain full attention.
     """
 
-    def __init__(self, model: PreTrainedModel, max_batch_size: int, context_length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_batch_size: int,
+        context_length: int,
+        *,
+        replay: bool = False,
+    ) -> None:
         layers = _plain_layers(model)
-        self.model = model
+        self.model, self._replay = model, replay
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.dtype
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
@@ -58,17 +67,17 @@ class ModelRunner:
         """Compute prompt and generated tokens, and put their keys and values in the row `slot`.
 
         Sets `length` and `rope_delta`. Returns the logits `[V]` (float32 or float64) of the token
-        that comes next. Whatever the model raises for bad tensors passes through; the other rows
-        are untouched then.
+        that comes next; of a sequence that `replays`, of its first. Whatever the model raises for
+        bad tensors passes through; the other rows are untouched then.
         """
         total = sequence.total
         self.cache.reserve(sequence.slot + 1, total)
         cache = DynamicCache(config=self.model.config)
         logits = self._prompt(sequence, cache)
-        if sequence.output_ids:
+        if sequence.output_ids and not self._replay:
             logits = self._continue(sequence, cache)
         self.cache.store(sequence.slot, cache)
-        sequence.length = total
+        sequence.length = len(sequence.prompt_ids) if self._replay else total
         return logits
 
     def _prompt(self, sequence: Sequence, cache: DynamicCache) -> Tensor:
@@ -99,17 +108,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def decode(self, sequences: Rows[Sequence]) -> Tensor:
-        """Feed each sequence's last token; return the next tokens' logits `[B, V]`.
+        """Feed each sequence's next input; return the logits `[B, V]` of what follows it.
 
-        `sequences[i].slot == i`, and `reserve` has been called. Each one's `length` grows by one.
+        Their slots follow one another, and `reserve` has been called. Each one's `length` grows by
+        one.
         """
+        if self._replay and len(sequences) > 1:
+            return torch.cat([self.decode([sequence]) for sequence in sequences])
         lengths = [sequence.length for sequence in sequences]
         longest = max(lengths)
         rows = torch.tensor(
-            [[s.last_token, s.length, s.length + s.rope_delta] for s in sequences],
+            [[s.next_input, s.length, s.length + s.rope_delta] for s in sequences],
             device=self.device,
         )
-        self.cache.plan.begin(rows[:, 1], longest)
+        self.cache.plan.begin(rows[:, 1], longest, sequences[0].slot)
         logits = self._forward(
             input_ids=rows[:, :1],
             position_ids=rows[:, 2:],
@@ -127,7 +139,8 @@ class ModelRunner:
         Raises:
             RuntimeError: the memory is not there; nothing has changed.
         """
-        self.cache.reserve(len(sequences), max(sequence.length for sequence in sequences) + 1)
+        rows = max(sequence.slot for sequence in sequences) + 1
+        self.cache.reserve(rows, max(sequence.length for sequence in sequences) + 1)
 
     @torch.inference_mode()
     def move(self, source: int, sequence: Sequence) -> None:
@@ -210,3 +223,8 @@ def _plain_layers(model: PreTrainedModel) -> int:
             f" ({', '.join(sorted(other))})"
         )
     return len(layers)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether memory was short; torch's CPU allocator says so in a `RuntimeError`."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate" in str(error)

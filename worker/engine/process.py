@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from worker.engine.channel import Channel, Disconnected
-from worker.engine.messages import EngineConfig, LoadFailed, Loading, Ready, Step, Stop
+from worker.engine.messages import Busy, EngineConfig, LoadFailed, Loading, Ready, Step, Stop
 
 if TYPE_CHECKING:
     from worker.engine.engine import Engine
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.engine")
 
 PR_SET_PDEATHSIG = 1
+BEAT_SECONDS = 0.5
+"""An engine at work is not silent for longer, unless a step takes longer."""
 
 
 def run(sock: socket.socket, config: EngineConfig) -> None:
     """Load the model, then step until told to stop or the worker is gone.
 
     Reports `Loading`, then `Ready` or `LoadFailed`, then one `Step` per step that has something to
-    say. An exception in a decode step ends the process: it may have left the device unusable, and
-    the worker starts another.
+    say, `Busy` now and then. A lost device ends the process, and the worker starts another.
 
     Args:
         sock: one end of a socket pair; `worker.engine.channel` frames on it.
@@ -69,7 +70,7 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
     try:
         loaded = load(config, progress)
         progress("checking the model", None)
-        engine = Engine(loaded, config.max_batch_size)
+        engine = Engine(loaded, config.max_batch_size, lambda handles: channel.send(Busy(handles)))
     except LoadError as error:
         channel.send(LoadFailed(str(error)))
         return None
@@ -83,6 +84,7 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
             dtype=loaded.dtype,
             fingerprint=loaded.fingerprint,
             seconds=time.monotonic() - began,
+            exact=loaded.exact,
         )
     )
     return engine
@@ -90,6 +92,7 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
 
 def _serve(channel: Channel, engine: Engine) -> None:
     """Alternate between commands and steps; wait for a command where there is nothing to do."""
+    spoke = time.monotonic()
     while True:
         while engine.idle or channel.ready():
             command = channel.receive()
@@ -97,8 +100,9 @@ def _serve(channel: Channel, engine: Engine) -> None:
                 return
             engine.handle(command)
         outputs = engine.step()
-        if outputs:
-            channel.send(Step(outputs, *engine.load()))
+        if outputs or time.monotonic() - spoke > BEAT_SECONDS:
+            channel.send(Step(outputs, *engine.load()) if outputs else Busy())
+            spoke = time.monotonic()
 
 
 def _die_with_parent() -> None:

@@ -19,6 +19,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.running: list[Sequence] = []
         self._waiting: dict[int, Sequence] = {}  # by handle, in order of arrival
+        self._room = max_batch_size  # less after a lack of memory, until a sequence has left
 
     @property
     def idle(self) -> bool:
@@ -35,7 +36,7 @@ class Scheduler:
         The caller prefills it at once. One per step, so that the running streams stall no longer
         than one prompt takes.
         """
-        if not self._waiting or len(self.running) >= self.max_batch_size:
+        if not self._waiting or len(self.running) >= self._room:
             return None
         sequence = self._waiting.pop(next(iter(self._waiting)))
         sequence.slot = len(self.running)
@@ -56,6 +57,21 @@ class Scheduler:
         if sequence.slot < 0:
             self._waiting.pop(sequence.handle, None)
             return None
+        self._room = self.max_batch_size
+        return self._take_out(sequence)
+
+    def put_back(self, sequence: Sequence) -> Sequence | None:
+        """Take a running sequence out for want of memory; it is the next to be admitted.
+
+        Nobody is, until another has left. Returns what `remove` does.
+        """
+        moved = self._take_out(sequence)
+        sequence.length = 0
+        self._waiting = {sequence.handle: sequence, **self._waiting}
+        self._room = max(1, len(self.running))
+        return moved
+
+    def _take_out(self, sequence: Sequence) -> Sequence | None:
         hole, sequence.slot = sequence.slot, -1
         last = self.running.pop()
         if last is sequence:

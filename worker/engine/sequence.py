@@ -26,13 +26,14 @@ class Sequence:
         eos_ids: the tokens that end a sequence of this model.
         context_length: most tokens prompt and output may have together.
         generated: output tokens it already has from the log (continuation).
+        trial: its first step is to be taken alone.
 
     Attributes:
         output_ids: every sampled token so far, continued ones and EOS included. The next token's
             position, for the sampler, is `len(output_ids)`.
         slot: its row in the cache, -1 while it waits.
         length: tokens whose keys and values are in the cache; while it runs, that is every token
-            but the last of `output_ids`.
+            but the last of `output_ids`, or fewer while known tokens are fed once more.
         rope_delta: what the model adds to `length` to get the next token's position (0 for models
             and prompts without media).
         stopping: its own stopping criteria; set by the engine before it is scheduled.
@@ -53,6 +54,7 @@ class Sequence:
         "seed",
         "slot",
         "stopping",
+        "trial",
     )
 
     stopping: StoppingCriteriaList
@@ -66,6 +68,8 @@ class Sequence:
         eos_ids: frozenset[int],
         context_length: int,
         generated: tuple[int, ...] = (),
+        *,
+        trial: bool = False,
     ) -> None:
         self.handle = handle
         self.prompt = prompt
@@ -78,6 +82,7 @@ class Sequence:
         self.slot = -1
         self.length = 0
         self.rope_delta = 0
+        self.trial = trial
 
     @property
     def total(self) -> int:
@@ -85,6 +90,16 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def replays(self) -> bool:
+        """Whether the cache still lacks tokens that are known: what comes next is known too."""
+        return self.length < self.total
+
+    @property
     def last_token(self) -> int:
-        """The newest token, which the next decode step feeds to the model."""
+        """The newest token."""
         return self.output_ids[-1]
+
+    @property
+    def next_input(self) -> int:
+        """The token that the next decode step feeds to the model; the newest, unless it replays."""
+        return self.output_ids[self.length - len(self.prompt_ids)]
