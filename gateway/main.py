@@ -32,6 +32,7 @@ from shared import logs, metrics
 from shared.archive import hold_seconds
 from shared.errors import UnbrokenError
 from shared.fleet import Fleet
+from shared.overdue import Overdue
 from shared.presence import Presence, Sweeper
 from shared.queue import SessionQueue
 from shared.settings import GatewaySettings
@@ -149,7 +150,12 @@ def make_services(settings: GatewaySettings) -> Services:
         queue=queue,
         relay=Relay(bell, history, presence),
         models=models,
-        upkeep=Upkeep(Sweeper(store, queue, presence), archiver, tuple(threads)),
+        upkeep=Upkeep(
+            Sweeper(store, queue, presence),
+            Overdue(queue, settings.queue_timeout_seconds),
+            archiver,
+            tuple(threads),
+        ),
         drain=Drain(settings.drain_seconds),
         probe=meter.Probe(queue, models),
         limits=RateLimits(store),

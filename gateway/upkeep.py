@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from gateway.history import ArchiveThread
+    from shared.overdue import Overdue
     from shared.presence import Sweeper
     from shared.store import Store
 
@@ -137,19 +138,26 @@ class Upkeep:
 
     Args:
         sweeper: looks for unwatched sessions.
+        overdue: looks for sessions that no worker takes.
         archiver: None where sessions are not archived.
         threads: the archive's threads, closed at the end.
     """
 
     def __init__(
-        self, sweeper: Sweeper, archiver: Archiver | None, threads: tuple[ArchiveThread, ...]
+        self,
+        sweeper: Sweeper,
+        overdue: Overdue,
+        archiver: Archiver | None,
+        threads: tuple[ArchiveThread, ...],
     ) -> None:
-        self._sweeper, self._archiver, self._threads = sweeper, archiver, threads
+        self._sweeper, self._overdue = sweeper, overdue
+        self._archiver, self._threads = archiver, threads
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin."""
-        self._tasks.append(asyncio.create_task(_repeat(self._sweeper.sweep), name="sweep"))
+        for looker in (self._sweeper, self._overdue):
+            self._tasks.append(asyncio.create_task(_repeat(looker.sweep), name="sweep"))
         if self._archiver:
             self._tasks.append(asyncio.create_task(self._archiver.run(), name="archive"))
 

@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "queue_full": Kind(429, "rate_limit_error", retryable=True),
     "internal_error": Kind(500, SERVER),
     "generation_failed": Kind(500, SERVER),
+    "queue_timeout": Kind(503, SERVER, retryable=True),
     "model_not_ready": Kind(503, SERVER, retryable=True),
     "unavailable": Kind(503, SERVER, retryable=True),
 }

@@ -46,20 +46,24 @@ def watch_ttl_ms(watch_ms: int) -> int:
     return watch_ms + MARGIN_MS if watch_ms else 0
 
 
-class _Contact:
+class Contact:
     """For how long Redis has answered this process without a gap.
 
     Watch keys also expire while Redis is away, or cannot be reached; when it is back, gateways need
     a moment to write them again.
+
+    Args:
+        gap_seconds: a longer silence is a gap.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gap_seconds: float = GAP_SECONDS) -> None:
+        self._gap = gap_seconds
         self._since = self._last = float("-inf")
 
     def heard(self) -> bool:
         """Note an answer; tells whether what is missing from it is really missing."""
         now = time.monotonic()
-        if now - self._last > GAP_SECONDS:
+        if now - self._last > self._gap:
             self._since = now
         self._last = now
         return now - self._since >= CONTACT_SECONDS
@@ -82,7 +86,7 @@ class Presence:
 
     def __init__(self, store: Store, *, watch_ms: int) -> None:
         self._redis, self._ttl_ms = store.redis, watch_ttl_ms(watch_ms)
-        self._contact = _Contact()
+        self._contact = Contact()
 
     async def watching(self, session_ids: Collection[str]) -> None:
         """Say that clients watch these sessions now. An ended session's key merely expires."""

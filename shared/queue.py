@@ -11,12 +11,13 @@ from arq.jobs import serialize_job
 from shared import keys
 from shared.metrics import CANCELS
 from shared.presence import watch_ttl_ms
-from shared.protocol import Finished, Started, Usage, encode_event, encode_request
+from shared.protocol import Failed, Finished, Started, Usage, encode_event, encode_request
+from shared.session_log import SessionLog, tally
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shared.protocol import CancelReason, GenerationRequest, ResponseParams, Status
+    from shared.protocol import CancelReason, Event, GenerationRequest, ResponseParams, Status
     from shared.store import Store
 
 JOB_FUNCTION = "run_session"
@@ -158,19 +159,50 @@ class SessionQueue:
         """Cancel a session as abandoned, unless somebody watches it; tells whether it took that."""
         return await self._cancel(session_id, "", "abandoned") in ("cancelled", "cancelling")
 
+    async def overdue(self, timeout_seconds: float, count: int = 256) -> list[str]:
+        """Name sessions that may have waited for a worker for so long."""
+        args = [int(timeout_seconds * 1000), count]
+        return [
+            s.decode() for s in await self._store.run("overdue", [keys.QUEUE, keys.LEASES], args)
+        ]
+
+    async def give_up(self, session_id: str, timeout_seconds: float) -> bool:
+        """Fail a session if it has waited for a worker for so long; tells whether it had."""
+        return await self._end(session_id, "", "overdue", timeout_seconds) == "dequeued"
+
     async def _cancel(self, session_id: str, owner: str, reason: CancelReason) -> str:
-        terminal = encode_event(Finished((), Usage(), reason))
+        reply = await self._end(session_id, owner, reason)
+        if reply == "dequeued":
+            CANCELS.labels(reason).inc()
+            return "cancelled"
+        return reply
+
+    async def _end(
+        self,
+        session_id: str,
+        owner: str,
+        reason: CancelReason | Literal["overdue"],
+        timeout_seconds: float = 0,
+    ) -> str:
+        """End a session that waits, with the tokens that its log holds; see `cancel.lua`."""
         names = [keys.session(session_id), keys.events(session_id), keys.request(session_id)]
         names += [keys.job(session_id), keys.watch(session_id), keys.cancel(session_id), keys.QUEUE]
         names += [keys.OUTBOX, keys.LEASES]
-        args: list[Any] = [session_id, owner, keys.event_bell(session_id), reason]
-        args += [keys.LIVE_TTL, self._kept, terminal, msgspec.json.encode(Usage())]
-        args += [int(self._archived), int(reason == "abandoned")]
-        reply: bytes = await self._store.run("cancel", names, args)
-        if reply == b"dequeued":
-            CANCELS.labels(reason).inc()
-            return "cancelled"
-        return reply.decode()
+        last, usage = 0, Usage()
+        while True:
+            terminal: Event = _timed_out(timeout_seconds)
+            if reason != "overdue":
+                terminal = Finished((), usage, reason)
+            args: list[Any] = [session_id, owner, keys.event_bell(session_id), reason]
+            args += [keys.LIVE_TTL, self._kept, encode_event(terminal), msgspec.json.encode(usage)]
+            args += [int(self._archived), last, int(timeout_seconds * 1000)]
+            reply: bytes = await self._store.run("cancel", names, args)
+            if reply != b"uncounted":
+                return reply.decode()
+            log = SessionLog(self._store)
+            record, entries = await log.record(session_id), await log.read_all(session_id)
+            last = record.last if record else 0
+            usage = tally(entries, record.prompt_tokens if record else 0)
 
     async def delete(self, session_id: str, owner: str, note_seconds: int) -> str:
         """Remove an ended session from Redis; another process that copies it now will learn so.
@@ -208,3 +240,7 @@ class SessionQueue:
         """Return the session's place in the queue, 0 for the next, or None where it waits not."""
         rank: int | None = await self._store.redis.zrank(keys.QUEUE, session_id)
         return rank
+
+
+def _timed_out(seconds: float) -> Failed:
+    return Failed("queue_timeout", f"No worker took the session within {seconds:g} seconds.")

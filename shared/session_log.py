@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from shared import keys
-from shared.protocol import ENDED, ResponseParams, Status, Usage, encode_event
+from shared.protocol import (
+    ENDED,
+    Delta,
+    ResponseParams,
+    Status,
+    Usage,
+    decode_event,
+    encode_event,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +121,13 @@ class SessionLog:
         )
         return [_entry(item) for item in raw]
 
+    async def read_all(self, session_id: str) -> list[Entry]:
+        """Return all events of a session."""
+        entries: list[Entry] = []
+        while page := await self.read(session_id, entries[-1].index if entries else -1):
+            entries += page
+        return entries
+
     async def append(self, batch: Sequence[Append]) -> list[int]:
         """Append to several logs in one step.
 
@@ -142,6 +157,16 @@ class SessionLog:
         args += [RING_BYTES]
         args += [*last.events, encode_event(terminal)]
         return bool(await self._store.run("finish", names, args) == 1)
+
+
+def tally(entries: Sequence[Entry], prompt_tokens: int) -> Usage:
+    """Count the tokens that a log holds."""
+    deltas = [e for e in map(decode_event, (entry.data for entry in entries)) if type(e) is Delta]
+    return Usage(
+        prompt_tokens if deltas else 0,
+        sum(len(delta.ids) for delta in deltas),
+        sum(len(delta.ids) for delta in deltas if delta.channel == "reasoning"),
+    )
 
 
 def _entry(item: tuple[bytes, dict[bytes, bytes]]) -> Entry:

@@ -17,6 +17,7 @@ from arq.worker import Worker, func
 
 from shared import keys, metrics
 from shared.errors import UnbrokenError
+from shared.overdue import Overdue
 from shared.presence import SWEEP_SECONDS, Sweeper
 from shared.queue import (
     JOB_FUNCTION,
@@ -66,6 +67,7 @@ class LeasedWorker(Worker):
         presence: cancel flags and watchers.
         parts: what the jobs need.
         slots: how many sessions run at once.
+        queue_timeout_seconds: how long a session may wait for a worker.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LeasedWorker(Worker):
         presence: Presence,
         parts: Parts,
         slots: int,
+        queue_timeout_seconds: float = 600,
     ) -> None:
         pool = ArqRedis(
             connection_pool=store.redis.connection_pool,
@@ -103,6 +106,8 @@ class LeasedWorker(Worker):
         self._leases: dict[str, str] = {}
         self._jobs: dict[str, SessionJob] = {}
         self._sweeper = Sweeper(store, queue, presence)
+        self._overdue = Overdue(queue, queue_timeout_seconds)
+        self._loops: list[asyncio.Task[None]] = []
         self._renewed = time.monotonic()
         self._freed = asyncio.Event()
         self.can_claim = asyncio.Event()
@@ -113,18 +118,17 @@ class LeasedWorker(Worker):
         return len(self._leases)
 
     async def main(self) -> None:
-        """Claim and run sessions until cancelled."""
-        loops = [
-            asyncio.create_task(_forever(RENEW_SECONDS, self._renew), name="renew"),
-            asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals), name="signals"),
-            asyncio.create_task(_forever(SWEEP_SECONDS, self._sweeper.sweep), name="sweep"),
-        ]
-        try:
-            while True:
-                await self.can_claim.wait()
-                await _through_outages(self._poll_iteration)
-        finally:
-            await stop(*loops)
+        """Claim and run sessions until cancelled; what keeps them goes on until `drain`."""
+        for seconds, step in (
+            (RENEW_SECONDS, self._renew),
+            (SIGNAL_SECONDS, self._read_signals),
+            (SWEEP_SECONDS, self._sweeper.sweep),
+            (SWEEP_SECONDS, self._overdue.sweep),
+        ):
+            self._loops.append(asyncio.create_task(_forever(seconds, step), name=step.__name__))
+        while True:
+            await self.can_claim.wait()
+            await _through_outages(self._poll_iteration)
 
     async def _poll_iteration(self) -> None:
         """Claim what fits and start it, else wait: for the bell, a slot, an expiring lease."""
@@ -241,17 +245,13 @@ class LeasedWorker(Worker):
         self.can_claim.clear()
         if self.main_task:
             await stop(self.main_task)
-        keep = [
-            asyncio.create_task(_forever(RENEW_SECONDS, self._renew)),
-            asyncio.create_task(_forever(SIGNAL_SECONDS, self._read_signals)),
-        ]
         tasks = list(self.tasks.values())
         if tasks:
             _done, late = await asyncio.wait(tasks, timeout=grace_seconds)
             for task in late:
                 task.cancel()  # once: each gives its session back
             await asyncio.gather(*tasks, return_exceptions=True)
-        await stop(*keep)
+        await stop(*self._loops)
 
 
 async def _through_outages(step: Callable[[], Awaitable[None]]) -> None:

@@ -145,7 +145,7 @@ class SessionJob:
     async def _generate(self, raw: bytes | None, record: SessionRecord) -> Ending:
         try:
             request = _readable(raw)
-            entries = await self._read_log()
+            entries = await self._parts.log.read_all(self.claimed.session_id)
             generated = replay(entries, request.sampling.n)
             thoughts = replay(entries, request.sampling.n, "reasoning")
             self._counts = {
@@ -168,15 +168,6 @@ class SessionJob:
         most = self._parts.max_attempts
         if record.attempts > most:
             raise UnbrokenError("generation_failed", f"The generation failed {most} times.")
-
-    async def _read_log(self) -> list[Entry]:
-        entries: list[Entry] = []
-        while True:
-            after = entries[-1].index if entries else -1
-            page = await self._parts.log.read(self.claimed.session_id, after)
-            entries += page
-            if not page:
-                return entries
 
     async def _prepare(self, request: GenerationRequest) -> Prompt | None:
         """Fetch, decode and tokenize; None if the session is cancelled meanwhile.

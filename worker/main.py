@@ -77,6 +77,7 @@ class WorkerProcess:
             presence=Presence(self._store, watch_ms=watch_ms),
             parts=parts,
             slots=settings.max_batch_size,
+            queue_timeout_seconds=settings.queue_timeout_seconds,
         )
 
     async def run(self) -> None:
@@ -159,6 +160,11 @@ class WorkerProcess:
                 if (last.state, last.reason) != (info.state, info.reason):
                     break
 
+    def _can_take_over(self, worker: WorkerInfo) -> bool:
+        ours = self._engine.state.ready
+        same = ours is None or worker.model == ours.model
+        return worker.id != self.id and worker.state == "ready" and same
+
     async def _shut_down(self, *background: asyncio.Task[None]) -> None:
         log.info("shutdown", extra={"worker": self.id, "running": self._consumer.running})
         self._draining = True
@@ -166,7 +172,7 @@ class WorkerProcess:
         others = False
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
-            others = any(w.state == "ready" for w in await self._fleet.live() if w.id != self.id)
+            others = any(self._can_take_over(w) for w in await self._fleet.live())
         await stop(*background)
         await self._consumer.drain(0 if others else self._settings.drain_seconds)
         with contextlib.suppress(*FAILED):

@@ -13,7 +13,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0
   local record = redis.call('HMGET', key, 'status', 'enqueued')
   redis.call('ZREM', KEYS[2], id)
   if record[1] == 'running' then
-    redis.call('HSET', key, 'status', 'queued', 'lease', '')
+    redis.call('HSET', key, 'status', 'queued', 'lease', '', 'waiting', string.format('%.3f', now))
     redis.call('ZADD', KEYS[1], record[2], id)
   end
 end

@@ -6,7 +6,9 @@
 local record = redis.call('HMGET', KEYS[1], 'lease', 'enqueued')
 if record[1] ~= ARGV[2] then return 0 end
 redis.call('ZREM', KEYS[3], ARGV[1])  -- frees memory: Redis lets the rest through when it is full
-redis.call('HSET', KEYS[1], 'status', 'queued', 'lease', '')
+local time = redis.call('TIME')
+redis.call('HSET', KEYS[1], 'status', 'queued', 'lease', '',
+  'waiting', string.format('%.3f', time[1] * 1000 + time[2] / 1000))
 redis.call('HINCRBY', KEYS[1], 'attempts', 0 - ARGV[4])  -- Redis before 7.2 takes no "-0"
 redis.call('ZADD', KEYS[2], record[2], ARGV[1])
 redis.call('EXPIRE', KEYS[2], ARGV[3])

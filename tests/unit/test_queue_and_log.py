@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from shared import keys
+from shared.overdue import Overdue
 from shared.protocol import (
     Delta,
     Failed,
@@ -305,6 +306,59 @@ async def test_cancel_ends_a_session_whose_worker_is_dead(queue, log, store):
     assert await log.append([Append(*dead, 2, [delta(2)])]) == [FENCED]
     assert (await queue.claim("w2", 1)).sessions == []
     assert [e.index for e in await log.read("s1", -1)] == [0, 1]
+
+
+async def test_a_cancelled_session_that_waits_again_has_its_usage(queue, log, store):
+    """What was generated before a worker died or gave the session back is counted at its end."""
+    for name, ended in (("released", "cancelled"), ("dead", "cancelled"), ("late", "failed")):
+        await queue.submit(submission(name), 10)
+        [mine] = (await queue.claim("w1", 1)).sessions
+        await queue.begin(mine, "fp", "", 7, exact=True)
+        thought = encode_event(Delta(0, (2, 3), "t", "reasoning"))
+        await log.append([Append(*mine, 1, [delta(1), thought])])
+        if name == "released":
+            await queue.release(mine)
+        else:
+            await expire_lease(store, name)
+        if ended == "failed":
+            assert await queue.give_up(name, 5)
+        else:
+            assert await queue.cancel(name, "", "requested") == "cancelled"
+        record = await log.record(name)
+        assert (record.status, record.usage, record.last) == (ended, Usage(7, 3, 2), 3)
+
+
+async def test_a_session_that_no_worker_takes_fails(queue, log, store):
+    """A session that waited too long since it was queued, or given back, ends with an error."""
+    for name in ("new", "old", "running"):
+        await queue.submit(submission(name), 10)
+    taken = {c.session_id: c for c in (await queue.claim("w1", 3)).sessions}
+    await queue.release(taken["new"])  # waits since now
+    await queue.release(taken["old"])
+    await store.redis.hset(keys.session("old"), "waiting", "1000")
+    await store.redis.zadd(keys.QUEUE, {"new": 1, "old": 1, "running": 1})
+    assert sorted(await queue.overdue(5)) == ["new", "old", "running"]
+    ended = [await queue.give_up(name, 5) for name in ("new", "old", "running")]
+    assert ended == [False, True, False]
+    last = decode_event((await log.read("old", -1))[-1].data)
+    assert last == Failed("queue_timeout", "No worker took the session within 5 seconds.")
+    assert not await queue.give_up("old", 5)
+    await queue.claim("w2", 0)
+    assert await queue.overdue(5) == ["new", "running"]
+
+
+async def test_an_overdue_session_is_ended_after_an_outage_only_when_nobody_came(queue, log, store):
+    """The first looks after a silence of Redis end nothing: workers have to renew first."""
+    await queue.submit(submission(), 10)
+    await store.redis.hset(keys.session("s1"), "waiting", "1000")
+    await store.redis.zadd(keys.QUEUE, {"s1": 1})
+    overdue = Overdue(queue, 5)
+    await overdue.sweep()
+    assert (await log.record("s1")).status == "queued"
+    while (await log.record("s1")).status == "queued":
+        await asyncio.sleep(0.05)
+        await overdue.sweep()
+    assert (await log.record("s1")).status == "failed"
 
 
 async def test_a_failure_is_told_even_when_the_log_is_lost(queue, log, store):

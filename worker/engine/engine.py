@@ -129,14 +129,9 @@ class Engine:
 
     def _add(self, add: Add) -> None:
         context = self.loaded.context_length
+        eos, known = self.loaded.eos_ids, add.generated
         sequence = Sequence(
-            add.handle,
-            add.prompt,
-            add.sampling,
-            self.loaded.eos_ids,
-            context,
-            add.generated,
-            trial=add.trial,
+            add.handle, add.prompt, add.sampling, eos, context, known, trial=add.trial
         )
         if len(sequence.prompt_ids) >= context:
             message = (
@@ -264,8 +259,7 @@ class Engine:
         else:
             log.warning("memory is short: a sequence waits", extra={"running": len(rows)})
             self._close_gap(self.scheduler.put_back(newest))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # without CUDA it does nothing
 
     def _sample(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
         """Draw a token per row; `BAD_ROW` where that is not possible."""
