@@ -157,7 +157,7 @@ def make_services(settings: GatewaySettings) -> Services:
             tuple(threads),
         ),
         drain=Drain(settings.drain_seconds),
-        probe=meter.Probe(queue, models),
+        probe=meter.Probe(store, queue, models),
         limits=RateLimits(store),
     )
 

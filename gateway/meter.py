@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gateway.admission import ReadyModels
     from gateway.state import Services
     from shared.queue import SessionQueue
+    from shared.store import Store
 
 router = APIRouter()
 
@@ -113,8 +114,8 @@ async def exposition(request: Request) -> Response:
 class Probe:
     """Asks Redis for what all gateways share, when somebody scrapes; one question at a time."""
 
-    def __init__(self, queue: SessionQueue, models: ReadyModels) -> None:
-        self._queue, self._models = queue, models
+    def __init__(self, store: Store, queue: SessionQueue, models: ReadyModels) -> None:
+        self._redis, self._queue, self._models = store.redis, queue, models
         self._asking: asyncio.Task[None] | None = None
 
     async def look(self) -> None:
@@ -131,17 +132,21 @@ class Probe:
             depth = await self._queue.depth()
             metrics.REDIS_SECONDS.labels("ping").observe(time.monotonic() - began)
             live = await self._models.workers()
+            memory: dict[str, float] = await self._redis.info("memory")
         except FAILED:
             _nothing_known()
             return
         metrics.REDIS_UP.set(1)
         metrics.QUEUE_DEPTH.set(depth)
+        metrics.REDIS_MEMORY.set(memory["used_memory"])
+        metrics.REDIS_MEMORY_LIMIT.set(memory["maxmemory"])
         for state in STATES:
             metrics.WORKERS.labels(state).set(sum(w.state == state for w in live))
 
 
 def _nothing_known() -> None:
     metrics.REDIS_UP.set(0)
-    metrics.QUEUE_DEPTH.set(math.nan)
+    for gauge in (metrics.QUEUE_DEPTH, metrics.REDIS_MEMORY, metrics.REDIS_MEMORY_LIMIT):
+        gauge.set(math.nan)
     for state in STATES:
         metrics.WORKERS.labels(state).set(math.nan)

@@ -85,6 +85,10 @@ QUEUE_DEPTH = Gauge(
 )
 WORKERS = Gauge("unbroken_workers", "Live workers, in all.", ["state"], registry=GATEWAY)
 REDIS_UP = Gauge("unbroken_redis_up", "Whether Redis answered this scrape.", registry=GATEWAY)
+REDIS_MEMORY = Gauge("unbroken_redis_memory_bytes", "What Redis keeps.", registry=GATEWAY)
+REDIS_MEMORY_LIMIT = Gauge(
+    "unbroken_redis_memory_limit_bytes", "What Redis may keep; 0: any amount.", registry=GATEWAY
+)
 
 # --- Worker ---------------------------------------------------------------------------------------
 RUNNING = Gauge("vllm:num_requests_running", "Sessions in the engine.", MODEL, registry=WORKER)

@@ -158,3 +158,18 @@ async def test_without_redis_a_scrape_still_answers():
         now = samples((await client.get("/metrics")).text)
         assert now["unbroken_redis_up", ()] == 0
         assert math.isnan(now["unbroken_queue_depth", ()])
+
+
+async def test_redis_says_how_full_it_is(redis_url, store):
+    """What Redis keeps and what it may keep stand in the gateway's metrics; else NaN."""
+    await store.redis.config_set("maxmemory", 10**9)
+    try:
+        async with serving(redis_url) as client:
+            now = samples((await client.get("/metrics")).text)
+    finally:
+        await store.redis.config_set("maxmemory", 0)
+    assert 10**5 < now["unbroken_redis_memory_bytes", ()] < 10**9
+    assert now["unbroken_redis_memory_limit_bytes", ()] == 10**9
+    async with serving("redis://127.0.0.1:1/0") as client:
+        now = samples((await client.get("/metrics")).text)
+    assert math.isnan(now["unbroken_redis_memory_bytes", ()])
