@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from gateway import meter
 from gateway.sse import KEEP_ALIVE
 from shared import keys
 
@@ -21,6 +22,9 @@ further behind reads the log by itself."""
 
 LARGE = 4096
 """Bytes from which an event is not kept: all that followers may miss, they read from the log."""
+
+VANISHED_SWEEPS = 3
+"""Sweeps in a row that find no record of a followed session before its followers are told."""
 
 HUB_EVENTS = 64
 """Events of a session that the hub reads at once."""
@@ -170,6 +174,15 @@ Writes = list[tuple[Viewer, bytes]]
 processor shall run no more code than it must, since each leaves its caches cold."""
 
 
+def push_all(writes: Writes, since: float, events: int) -> None:
+    """Write to the viewers what came of so many events, heard of at the monotonic time `since`."""
+    now = time.monotonic()
+    for viewer, data in writes:
+        viewer.push(data, now)
+    if events:
+        meter.burst(since, events)
+
+
 class Channel:
     """The newest events of one followed session, shared by all its followers."""
 
@@ -264,6 +277,18 @@ class Channel:
         if self._changed is not None:
             self._notify()
         return True
+
+    def miss(self) -> None:
+        """Note that a sweep found no record of the session; after a few, its followers are told."""
+        self.missing += 1
+        if self.missing >= VANISHED_SWEEPS:
+            self.gone = True
+            self.wake_all()
+
+    def forget(self) -> None:
+        """Forget where the hub is: its followers shall read the log for themselves."""
+        self.last = None
+        self.wake_all()
 
     def wake_all(self) -> None:
         """Let every follower look for itself."""

@@ -14,8 +14,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from gateway import meter
-from gateway.channel import HUB_EVENTS, Channel, next_entries
+from gateway.channel import HUB_EVENTS, Channel, next_entries, push_all
 from gateway.wire import connect, pack
 from shared import keys
 from shared.errors import UnbrokenError
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.relay")
 
 SWEEP_SECONDS = 1.0
-VANISHED_SWEEPS = 3
-"""Sweeps in a row that find no record of a followed session before its followers are told."""
 
 OUTAGE_SECONDS = 0.5
 """Pause before Redis is asked again after it failed."""
@@ -75,6 +72,7 @@ class Relay:
         self._rung: dict[Channel, None] = {}
         self._reading: dict[bytes, Channel] = {}  # what the hub waits for
         self._asked_at = 0.0  # monotonic: when the hub asked for what it waits for
+        self._alone: set[Channel] = set()  # one of their logs is none
         self._wires: dict[str, Wire] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -224,7 +222,7 @@ class Relay:
                     behind.append(channel)
                 else:
                     taken += len(events)
-        _push(writes, heard_at, taken)
+        push_all(writes, heard_at, taken)
         if behind:
             self._ring(*behind)
 
@@ -237,7 +235,11 @@ class Relay:
         wire = self._wires.get("hub")
         if wire is None or self._reading or not self._rung:
             return
-        for channel in list(self._rung)[:HUB_SESSIONS]:
+        chosen = list(self._rung)[:HUB_SESSIONS]
+        if suspects := self._alone.intersection(chosen):
+            chosen = [suspects.pop()]
+            self._alone.discard(chosen[0])
+        for channel in chosen:
             del self._rung[channel]
             if channel.last is not None:
                 self._reading[channel.name] = channel
@@ -251,6 +253,8 @@ class Relay:
         reading, self._reading = self._reading, {}
         if isinstance(reply, Exception):
             log.warning("redis refuses to read", extra={"error": str(reply)})
+            if str(reply).startswith("WRONGTYPE"):
+                self._set_apart(reading)
             return  # until the next ring, or the next sweep
         writes: Writes = []
         for name, items in reply or ():
@@ -258,8 +262,16 @@ class Relay:
             channel.take_entries(items, writes)
             if len(items) == HUB_EVENTS:
                 self._rung[channel] = None
-        _push(writes, self._asked_at, sum(len(items) for _, items in reply or ()))
+        push_all(writes, self._asked_at, sum(len(items) for _, items in reply or ()))
         self._read()
+
+    def _set_apart(self, reading: Mapping[bytes, Channel]) -> None:
+        """One of these is no log: read each alone, and have its followers look for themselves."""
+        if len(reading) > 1:
+            self._alone.update(reading.values())
+            self._ring(*reading.values())
+        else:
+            next(iter(reading.values())).forget()
 
     async def _sweep(self) -> None:
         """Read all followed sessions once a second, and see that they, and Redis, are there."""
@@ -287,7 +299,7 @@ class Relay:
                 for channel in channels:
                     self._look_after([channel])
             else:
-                _note_missing(channels[0])
+                channels[0].miss()
 
         if wire := self._wires.get("hub"):
             wire.send(pack("EXISTS", *(keys.session(c.session_id) for c in channels)), on_count)
@@ -311,23 +323,6 @@ def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
     everyone = list(channels.values())
     for i in range(0, len(everyone), CARE_SESSIONS):
         yield everyone[i : i + CARE_SESSIONS]
-
-
-def _push(writes: Writes, since: float, events: int) -> None:
-    """Write to the viewers what came of so many events, heard of at the monotonic time `since`."""
-    now = time.monotonic()
-    for viewer, data in writes:
-        viewer.push(data, now)
-    if events:
-        meter.burst(since, events)
-
-
-def _note_missing(channel: Channel) -> None:
-    """Note that a sweep found no record of a session; after a few, its followers are told."""
-    channel.missing += 1
-    if channel.missing >= VANISHED_SWEEPS:
-        channel.gone = True
-        channel.wake_all()
 
 
 def _ignore(_reply: object) -> None:

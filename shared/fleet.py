@@ -64,8 +64,17 @@ class Fleet:
         ids: list[bytes] = await self._redis.zrange(keys.WORKERS, 0, -1)
         if not ids:
             return []
-        values = await self._redis.mget([keys.worker(i.decode()) for i in ids])
+        values = await self._redis.mget([keys.worker(i.decode(errors="replace")) for i in ids])
         gone = [i for i, value in zip(ids, values, strict=True) if value is None]
         if gone:
             await self._redis.zrem(keys.WORKERS, *gone)
-        return [_decoder.decode(value) for value in values if value is not None]
+        found = [_parse(value) for value in values if value is not None]
+        return [worker for worker in found if worker is not None]
+
+
+def _parse(value: bytes) -> WorkerInfo | None:
+    """Read what a worker says of itself; what is not readable says nothing of the others."""
+    try:
+        return _decoder.decode(value)
+    except msgspec.MsgspecError:
+        return None

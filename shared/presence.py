@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from shared import keys
 from shared.protocol import ResponseParams
@@ -112,7 +113,7 @@ class Presence:
         half = len(session_ids)
         return {
             session_id: Signals(
-                cast("CancelReason", cancel.decode()) if cancel else None,
+                ("abandoned" if cancel == b"abandoned" else "requested") if cancel else None,
                 watched is not None or in_doubt,
             )
             for session_id, cancel, watched in zip(
@@ -166,8 +167,12 @@ class Sweeper:
         if not await self._presence.may_sweep():
             return
         last = self._first + SWEEP_SESSIONS - 1
-        found = [s.decode() for s in await self._redis.zrange(keys.QUEUE, self._first, last)]
+        raw = await self._redis.zrange(keys.QUEUE, self._first, last)
+        found = [s.decode(errors="replace") for s in raw]
         self._first = last + 1 if len(found) == SWEEP_SESSIONS else 0
         for session_id in await self._presence.unwatched(found):
-            if await self._queue.abandon(session_id):
-                log.info("cancel", extra={"session": session_id, "reason": "abandoned"})
+            try:
+                if await self._queue.abandon(session_id):
+                    log.info("cancel", extra={"session": session_id, "reason": "abandoned"})
+            except ResponseError as error:  # a record of the wrong shape must not hide the others
+                log.warning("cannot cancel", extra={"session": session_id, "why": str(error)[:80]})

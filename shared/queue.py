@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 from arq.jobs import serialize_job
+from redis.exceptions import ResponseError
 
-from shared import keys
+from shared import keys, logs
 from shared.metrics import CANCELS
 from shared.presence import watch_ttl_ms
 from shared.protocol import Failed, Finished, Started, Usage, encode_event, encode_request
 from shared.session_log import SessionLog, tally
+from shared.store import is_wrong_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,8 +83,9 @@ class SessionQueue:
         Safe to repeat: the second call attaches. With `max_queue` 0 it attaches, or answers `full`.
         """
         sid, choices = new.session_id, new.request.sampling.n
+        of = {"request_id": logs.request_id.get()}  # so that the worker's log lines bear it too
         job = serialize_job(
-            JOB_FUNCTION, (sid,), {}, None, int(time.time() * 1000), serializer=job_serializer
+            JOB_FUNCTION, (sid,), of, None, int(time.time() * 1000), serializer=job_serializer
         )
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
         names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
@@ -228,9 +231,23 @@ class SessionQueue:
         )  # type: ignore[misc]
 
     async def request(self, session_id: str) -> bytes | None:
-        """Return the queued request's encoding, or None where it is gone."""
-        data: bytes | None = await self._store.redis.get(keys.request(session_id))
+        """Return the queued request's encoding, None where it is gone, b"" where it is none."""
+        try:
+            data: bytes | None = await self._store.redis.get(keys.request(session_id))
+        except ResponseError as error:
+            if is_wrong_type(error):
+                return b""
+            raise
         return data
+
+    async def discard(self, claimed: Claimed) -> None:
+        """Remove a claimed session whose record is not readable; its followers see it vanish."""
+        sid = claimed.session_id
+        names = (keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid))
+        async with self._store.redis.pipeline(transaction=True) as pipe:
+            pipe.delete(*names, keys.watch(sid), keys.cancel(sid))
+            pipe.zrem(keys.LEASES, sid)
+            await pipe.execute()
 
     async def depth(self) -> int:
         """Count the sessions that wait."""

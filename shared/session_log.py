@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from shared import keys
+from shared.errors import UnbrokenError
 from shared.protocol import (
     ENDED,
     Delta,
@@ -17,9 +20,10 @@ from shared.protocol import (
     decode_event,
     encode_event,
 )
+from shared.store import is_wrong_type
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from shared.protocol import Event
     from shared.store import Store
@@ -110,16 +114,26 @@ class SessionLog:
         self._store, self._archived = store, archived
 
     async def record(self, session_id: str) -> SessionRecord | None:
-        """Return the session's record, or None where it is unknown or expired."""
-        raw = await self._store.redis.hgetall(keys.session(session_id))  # type: ignore[misc]
-        return _parse_record(raw) if raw.get(b"created") else None
+        """Return the session's record, or None where it is unknown or expired.
+
+        Raises:
+            UnbrokenError: `generation_failed`, where what stands there is no record.
+        """
+        with _readable("record"):
+            raw = await self._store.redis.hgetall(keys.session(session_id))  # type: ignore[misc]
+            return _parse_record(raw) if raw.get(b"created") else None
 
     async def read(self, session_id: str, after: int, count: int = PAGE) -> list[Entry]:
-        """Return up to `count` events with an index above `after` (-1: from the first)."""
-        raw = await self._store.redis.xrange(
-            keys.events(session_id), min=f"({after + 1}-0", count=count
-        )
-        return [_entry(item) for item in raw]
+        """Return up to `count` events with an index above `after` (-1: from the first).
+
+        Raises:
+            UnbrokenError: `generation_failed`, where what stands there is no log.
+        """
+        with _readable("log"):
+            raw = await self._store.redis.xrange(
+                keys.events(session_id), min=f"({after + 1}-0", count=count
+            )
+            return [_entry(item) for item in raw]
 
     async def read_all(self, session_id: str) -> list[Entry]:
         """Return all events of a session."""
@@ -160,13 +174,36 @@ class SessionLog:
 
 
 def tally(entries: Sequence[Entry], prompt_tokens: int) -> Usage:
-    """Count the tokens that a log holds."""
-    deltas = [e for e in map(decode_event, (entry.data for entry in entries)) if type(e) is Delta]
+    """Count the tokens that a log holds.
+
+    Raises:
+        UnbrokenError: an entry is no event.
+    """
+    with _readable("log"):
+        events = [decode_event(entry.data) for entry in entries]
+    deltas = [event for event in events if isinstance(event, Delta)]
     return Usage(
         prompt_tokens if deltas else 0,
         sum(len(delta.ids) for delta in deltas),
         sum(len(delta.ids) for delta in deltas if delta.channel == "reasoning"),
     )
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn what a value of the wrong shape raises into the session's failure."""
+    try:
+        yield
+    except (msgspec.MsgspecError, ValueError, KeyError):
+        raise _unreadable(what) from None
+    except ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        raise _unreadable(what) from None
+
+
+def _unreadable(what: str) -> UnbrokenError:
+    return UnbrokenError("generation_failed", f"The session's {what} is not readable.")
 
 
 def _entry(item: tuple[bytes, dict[bytes, bytes]]) -> Entry:

@@ -34,6 +34,11 @@ class RefusedError(RedisError):
     """Redis takes no writes for now: its disk is full, its replicas are gone, or the like."""
 
 
+def is_wrong_type(error: Exception) -> bool:
+    """Tell whether a command failed because a key holds another kind of value than it should."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+
+
 UNAVAILABLE: tuple[type[Exception], ...] = (*LOST, OutOfMemoryError, ReadOnlyError, RefusedError)
 """What makes Redis unable to take a write for now, but not a bug of ours."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from arq.connections import ArqRedis
 from arq.worker import Worker, func
 
-from shared import keys, metrics
+from shared import keys, logs, metrics
 from shared.errors import UnbrokenError
 from shared.overdue import Overdue
 from shared.presence import SWEEP_SECONDS, Sweeper
@@ -27,7 +27,7 @@ from shared.queue import (
     job_deserializer,
     job_serializer,
 )
-from shared.store import FAILED
+from shared.store import FAILED, is_wrong_type
 from shared.tasks import stop
 from worker.job import EngineGone, LeaseLost, OtherModel, SessionJob
 
@@ -163,7 +163,10 @@ class LeasedWorker(Worker):
             await asyncio.gather(before, return_exceptions=True)
         try:
             await self.run_job(claimed.session_id, 0)
-        except FAILED:  # before the session began: it is not to blame
+        except FAILED as error:  # before the session began: it is not to blame
+            if is_wrong_type(error):  # or its job is
+                await self.finish_failed_job(claimed.session_id, None)
+                return
             await asyncio.sleep(PAUSE_SECONDS)
             await self._give_back(claimed, blameless=True)
 
@@ -177,8 +180,14 @@ class LeasedWorker(Worker):
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session job broke", extra={"session": sid, "error": type(error).__name__})
 
-    async def run_session(self, _ctx: dict[Any, Any], session_id: str) -> None:
-        """Run one claimed session: the function that every queued arq job names."""
+    async def run_session(
+        self, _ctx: dict[Any, Any], session_id: str, request_id: object = None
+    ) -> None:
+        """Run one claimed session: the function that every queued arq job names.
+
+        What is logged meanwhile bears the id of the HTTP request that it came with.
+        """
+        logs.request_id.set(str(request_id)[:64] if request_id else None)
         claimed = Claimed(session_id, self._leases[session_id])
         job = self._jobs[session_id] = SessionJob(claimed, self._parts)
         try:

@@ -6,6 +6,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from shared import protocol
 from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, Usage
@@ -101,7 +103,12 @@ class SessionJob:
             OtherModel: the session is for another worker's model.
         """
         sid = self.claimed.session_id
-        record = await self._parts.log.record(sid)
+        try:
+            record = await self._parts.log.record(sid)
+        except UnbrokenError as error:
+            log.error("session discarded", extra={"session": sid, "why": error.message})  # noqa: TRY400
+            await self._parts.queue.discard(self.claimed)
+            raise LeaseLost from None
         raw = await self._parts.queue.request(sid)
         if record is None:
             raise LeaseLost
@@ -161,6 +168,9 @@ class SessionJob:
             return self._ending(request.sampling.n)
         except UnbrokenError as error:
             event = Failed(error.code, error.message, error.param)
+            return Ending(event, "failed", self._usage())
+        except msgspec.MsgspecError:
+            event = Failed("generation_failed", "The session's request or log is not readable.")
             return Ending(event, "failed", self._usage())
 
     def _check_attempts(self, record: SessionRecord) -> None:

@@ -9,8 +9,8 @@ local results = {}
 local at = 3
 for i = 1, #KEYS, 2 do
   local id, lease, first, count = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
-  local record = redis.call('HMGET', KEYS[i], 'lease', 'last')
-  local last = tonumber(record[2] or -1)
+  local record = redis.pcall('HMGET', KEYS[i], 'lease', 'last')  -- no hash: nobody's
+  local last = tonumber(record[2] or -1) or -1
   local before = last
   local result = first + count - 1
   if record[1] ~= lease then
@@ -22,7 +22,7 @@ for i = 1, #KEYS, 2 do
       local entry = redis.pcall('XADD', KEYS[i + 1], 'NOMKSTREAM', (n + 1) .. '-0',
         'e', ARGV[at + 4 + n - first])
       if not entry then result = -2 break end
-      if entry.err then result = -3 break end
+      if entry.err then result = string.find(entry.err, 'WRONGTYPE') and -2 or -3 break end
       last = n
     end
     redis.call('HSET', KEYS[i], 'last', last)

@@ -1,6 +1,7 @@
 -- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
 -- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place.
--- `attempts` counts the claims since the log last grew.
+-- `attempts` counts the claims since the log last grew. A record that is no hash is removed: it must
+-- not hold up the others.
 -- KEYS: queue, leases, work bell
 -- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix
 -- Returns {still waiting, ms until the next lease runs out (-1: none), {id, lease}, …}
@@ -10,11 +11,12 @@ local micros = time[1] * 1000000 + time[2]
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 128)) do
   local key = ARGV[5] .. id
-  local record = redis.call('HMGET', key, 'status', 'enqueued')
+  local record = redis.pcall('HMGET', key, 'status', 'enqueued')
+  if record.err then redis.call('DEL', key) end
   redis.call('ZREM', KEYS[2], id)
   if record[1] == 'running' then
     redis.call('HSET', key, 'status', 'queued', 'lease', '', 'waiting', string.format('%.3f', now))
-    redis.call('ZADD', KEYS[1], record[2], id)
+    redis.call('ZADD', KEYS[1], tonumber(record[2]) or now, id)
   end
 end
 
@@ -24,8 +26,10 @@ if free > 0 then
   for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, free - 1)) do
     local key = ARGV[5] .. id
     redis.call('ZREM', KEYS[1], id)
-    if redis.call('HGET', key, 'status') == 'queued' then
-      local epoch = math.max(tonumber(redis.call('HGET', key, 'epoch')) + 1, micros)
+    local record = redis.pcall('HMGET', key, 'status', 'epoch')
+    if record.err then redis.call('DEL', key) end
+    if record[1] == 'queued' then
+      local epoch = math.max((tonumber(record[2]) or 0) + 1, micros)
       local lease = ARGV[1] .. ':' .. string.format('%.0f', epoch)
       redis.call('HSET', key, 'status', 'running', 'lease', lease,
         'epoch', string.format('%.0f', epoch), 'started', time[1])
@@ -33,7 +37,7 @@ if free > 0 then
       if progress[1] ~= progress[2] then  -- it got further since: this is no poison
         redis.call('HSET', key, 'attempts', 0, 'tried_at', progress[1])
       end
-      redis.call('HINCRBY', key, 'attempts', 1)
+      redis.pcall('HINCRBY', key, 'attempts', 1)
       redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
       claimed[#claimed + 1] = {id, lease}
     end

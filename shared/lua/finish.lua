@@ -11,7 +11,10 @@ if record[1] ~= ARGV[2] then return -1 end
 local last, first = tonumber(record[2]), tonumber(ARGV[6])
 local before = last
 if first > last + 1 then return -2 end
-if redis.call('EXISTS', KEYS[2]) == 0 and ARGV[4] ~= 'failed' then return -2 end
+if redis.call('TYPE', KEYS[2]).ok ~= 'stream' then
+  if ARGV[4] ~= 'failed' then return -2 end
+  redis.call('DEL', KEYS[2])
+end
 for n = last + 1, first + #ARGV - 10 do
   redis.call('XADD', KEYS[2], (n + 1) .. '-0', 'e', ARGV[10 + n - first])
   last = n

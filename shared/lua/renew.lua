@@ -8,7 +8,7 @@ local expiry = string.format('%.3f', time[1] * 1000 + time[2] / 1000 + ARGV[1])
 local lost = {}
 for i = 7, #ARGV, 2 do
   local id, key = ARGV[i], ARGV[3] .. ARGV[i]
-  local record = redis.call('HMGET', key, 'lease', 'status')
+  local record = redis.pcall('HMGET', key, 'lease', 'status')
   if record[1] == ARGV[i + 1] and record[2] == 'running' then
     redis.call('ZADD', KEYS[1], expiry, id)
     if redis.call('TTL', key) * 2 < tonumber(ARGV[2]) then
