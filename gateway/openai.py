@@ -54,7 +54,7 @@ class GenerationBody(BaseModel):
 
     model: str | None = None
     stream: bool | None = False
-    min_tokens: int | None = Field(default=None, ge=0)
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
@@ -74,8 +74,8 @@ class ChatCompletionRequest(GenerationBody):
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=8)
     session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
 

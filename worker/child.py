@@ -28,7 +28,7 @@ log = logging.getLogger("unbroken.child")
 _BOOT = (
     "import signal, sys, json; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "sys.path[:] = json.loads(sys.argv[1]); "
-    "from worker.child_entry import main; main(int(sys.argv[2]))"
+    "from worker.child_entry import main; main(int(sys.argv[2]), sys.argv[3])"
 )
 T = TypeVar("T")
 
@@ -62,9 +62,10 @@ class _Child:
 
     def __init__(self) -> None:
         self.sock, theirs = socket.socketpair()
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603  # our own interpreter and code
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), level],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shared import logs
 from shared.errors import UnbrokenError
 from worker.engine import channel
 
@@ -57,8 +58,9 @@ def _read(sock: socket.socket, size: int) -> memoryview:
     return data
 
 
-def main(fd: int) -> None:
+def main(fd: int, log_level: str) -> None:
     """Be the child: load the handler the first message names, then answer until the end."""
+    logs.configure(log_level)
     _die_with_parent()
     sock = socket.socket(fileno=fd)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()

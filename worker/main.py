@@ -217,6 +217,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         context_length=settings.context_length,
         threads=settings.engine_threads,
         exact={"auto": None, "0": False, "1": True}[settings.exact],
+        log_level=settings.log_level,
     )
 
 

@@ -114,8 +114,11 @@ def _parse(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
         named = parsed.scheme in PORTS and bool(parsed.host)  # decodes the host
+        valid = parsed.port is None or 0 < parsed.port < 2**16
     except (httpx.InvalidURL, ValueError):
         raise _invalid("The media URL is not valid.") from None
+    if not valid:
+        raise _invalid("The media URL is not valid.")
     if not named:
         raise _invalid("A media URL must begin with http:// or https:// and name a host.")
     if parsed.userinfo:

@@ -44,7 +44,7 @@ class Outside:
             path = connection.recv(65536).split()[1].decode()
             name, _, target = path[1:].partition("/")
             name = name.partition("?")[0]
-            first, rest = self.answers(target)[name]
+            first, rest = self.answers(target).get(name, (b"", None))
             connection.sendall(first)
             while rest is not None and not self.over.wait(0 if len(rest) > 1 else 0.1):
                 connection.sendall(rest)
@@ -164,20 +164,15 @@ def test_hostile_input(client, guarded, outside, canary, name):
         headers=given,
         content=filled(body, outside, canary),
     )
-    try:
-        answer = client.send(request)
-    except httpx.LocalProtocolError:  # a false length: the answer came before the client's end
-        assert expected == 413
-        answer = None
-    if answer is not None:
-        assert answer.status_code == expected, answer.text
-        assert answer.headers["x-request-id"].startswith("req_")
-        if expected >= 400:
-            assert set(answer.json()) == {"error"}
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-            assert len(answer.content) <= 8192
-            assert not INTERNALS.search(answer.text), answer.text
-            assert KEY not in answer.text
+    answer = client.send(request)
+    assert answer.status_code == expected, answer.text
+    assert answer.headers["x-request-id"].startswith("req_")
+    if expected >= 400:
+        assert set(answer.json()) == {"error"}
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert len(answer.content) <= 8192
+        assert not INTERNALS.search(answer.text), answer.text
+        assert KEY not in answer.text
     assert canary.touched == 0
     still_works(client)
 

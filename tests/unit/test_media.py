@@ -273,7 +273,9 @@ async def test_an_unreachable_host_is_an_error(url):
     assert (await refused(url)).code == "media_unreachable"
 
 
-@pytest.mark.parametrize("url", ["http://xn--/", "http://", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["http://xn--/", "http://", "http://[::1", "http://a:0/", "http://a:99999/"]
+)
 async def test_a_url_that_is_none_is_the_clients_fault(url):
     """A URL that cannot be parsed, its host included, is invalid media."""
     assert (await refused(url)).code == "invalid_media"

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from worker.engine.messages import EngineConfig
 
@@ -94,7 +94,9 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         LoadError: with the reason.
     """
     name = display_name(config.model)
-    disable_progress_bar()  # `progress` tells; a bar would only clutter the worker's log
+    transformers_logging.disable_default_handler()  # its lines shall be JSON too
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()  # `progress` tells; a bar would be no JSON
     with _explained(name):
         folder = _folder(config, name, progress)
         progress("reading the configuration", None)
@@ -249,7 +251,7 @@ def _explained(name: str) -> Iterator[None]:
     except Exception as error:
         reason = _known_reason(name, error)
         if reason is None:
-            log.exception("'%s' cannot be loaded", name)
+            log.exception("'%s' cannot be loaded", name, extra={"why": str(error)[:500]})
             kind = type(error).__name__
             reason = f"'{name}' cannot be loaded ({kind}; the worker's log has the details)."
         raise LoadError(reason) from error

@@ -26,6 +26,7 @@ class EngineConfig:
     context_length: int
     threads: int
     exact: bool | None = None  # None: on a CPU only
+    log_level: str = "INFO"
 
 
 @dataclass(frozen=True)

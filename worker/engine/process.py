@@ -15,6 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from shared import logs
 from worker.engine.channel import Channel, Disconnected
 from worker.engine.messages import Busy, EngineConfig, LoadFailed, Loading, Ready, Step, Stop
 
@@ -39,6 +40,7 @@ def run(sock: socket.socket, config: EngineConfig) -> None:
         config: what to load.
     """
     _die_with_parent()
+    logs.configure(config.log_level)
     # Ctrl-C reaches the whole process group: the worker decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(sock)

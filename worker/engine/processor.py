@@ -254,7 +254,10 @@ def _encode_as_text(tokenizer: Any, text: str) -> list[int]:
 
 def _load(model: str, hf_token: str | None, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_default_handler()  # its lines shall be JSON too
+    transformers_logging.enable_propagation()
     options: dict[str, Any] = {"token": hf_token, "trust_remote_code": trust_remote_code}
     try:
         try:
@@ -264,7 +267,7 @@ def _load(model: str, hf_token: str | None, *, trust_remote_code: bool) -> Any:
                 raise
             return AutoTokenizer.from_pretrained(model, **options)  # a model of text only
     except Exception as error:
-        log.exception("no processor")
+        log.exception("no processor", extra={"why": str(error)[:500]})
         raise _not_ready(model, f"cannot be loaded ({type(error).__name__})") from error
 
 
