@@ -39,9 +39,11 @@ from supervisor import (
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 DEMO_MODEL = "models/demo"
+FAST_MODEL = "models/demo-fast"  # the same with random weights
 RUNTIME = ("requirements-gateway.txt", "requirements-worker.txt")
 DEVELOPMENT = (*RUNTIME, "requirements-dev.txt")
 DRAIN_SECONDS = "20"  # as in shared/settings.py, which needs packages: a test compares the two
+DEMO_SETTINGS = {"MAX_STEPS_PER_SECOND": "25", "MAX_TOKENS": "512", "TEMPERATURE": "0"}
 LOAD_FAILED = "could not be loaded"  # what `/ready` says when waiting longer is no use
 
 REDIS_CONF = """bind 127.0.0.1
@@ -101,10 +103,11 @@ def install(files: tuple[str, ...]) -> str:
     return str(python)
 
 
-def make_demo_model(python: str) -> None:
-    """Make the demo model, or see that it is there."""
-    argv = [python, "-m", "worker.demo_model", DEMO_MODEL]
-    run_step(f"demo model in {DEMO_MODEL}", argv, ROOT / ".cache" / "demo_model.log")
+def make_demo_model(python: str, folder: str = DEMO_MODEL) -> None:
+    """Make a demo model, or see that it is there; training it shows its own progress."""
+    argv = [python, "-m", "worker.demo_model", *(["--fast"] * (folder == FAST_MODEL)), folder]
+    if run_step(f"demo model in {folder}", argv):
+        raise Problem("the demo model could not be built")
 
 
 def find_redis(python: str) -> str:
@@ -194,25 +197,25 @@ def drain_seconds() -> float:
         return float(DRAIN_SECONDS)
 
 
-def choose_model(wish: str) -> str:
+def choose_model(wish: str, demo: str = DEMO_MODEL) -> str:
     """Return the model's repository id, or its folder as seen from the root."""
     if wish and (folder := Path(wish).expanduser().resolve()).is_dir():
         return str(folder.relative_to(ROOT) if ROOT in folder.parents else folder)
     if wish.startswith((".", "/", "~")):
         raise Problem(f"--model {wish}: no such folder")
-    return wish or setting("MODEL_REPO_ID", DEMO_MODEL)
+    return wish or setting("MODEL_REPO_ID", demo)
 
 
 def up(args: argparse.Namespace) -> int:
     """Start everything, say when it is ready, and watch it until somebody asks to stop."""
-    model, host = choose_model(args.model), setting("HOST", "127.0.0.1")
+    model, host = choose_model(args.model, args.demo), setting("HOST", "127.0.0.1")
     first = int(setting("PORT", "3000")) if args.port is None else args.port
     ports = [first + i if first else free_port() for i in range(args.gateways)]
     for port in ports:
         check_port(host, port)
     python = sys.executable if args.no_install else install(RUNTIME)
-    if model == DEMO_MODEL:
-        make_demo_model(python)
+    if model in (DEMO_MODEL, FAST_MODEL):
+        make_demo_model(python, model)
     stack = Stack(args.data_dir.resolve(), setting("REDIS_URL", ""), drain_seconds())
     try:
         if not stack.redis_url:
@@ -220,6 +223,9 @@ def up(args: argparse.Namespace) -> int:
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         env.update(REDIS_URL=stack.redis_url, MODEL_REPO_ID=model)
         env["SESSIONS_DB_PATH"] = setting("SESSIONS_DB_PATH", str(stack.data / "sessions.db"))
+        env["RUN_STATE_PATH"] = str(stack.data / "run.json")
+        for name, value in DEMO_SETTINGS.items() if model == DEMO_MODEL else ():
+            env[name] = setting(name, value)
         for _ in range(args.workers):
             stack.add("worker", [python, "-m", "worker.main"], env, ROOT)
         reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - compares
@@ -230,7 +236,8 @@ def up(args: argparse.Namespace) -> int:
         wait_until_ready(stack)
         urls = [part.url for part in stack.of("gateway")]
         say("\n".join(f"ready {url}" for url in urls))
-        say(f"try it:\n{CURL.format(url=urls[0])}\nCtrl-C stops it. Logs: {stack.data / 'logs'}")
+        say(f"open it in a browser, or try:\n{CURL.format(url=urls[0])}")
+        say(f"Ctrl-C stops it. Logs: {stack.data / 'logs'}")
         while True:
             stack.tend()
     except KeyboardInterrupt:
@@ -243,6 +250,7 @@ def up(args: argparse.Namespace) -> int:
 def test(args: argparse.Namespace) -> int:
     """Run linter, type checker and tests; with arguments, pytest alone with these."""
     python = sys.executable if args.no_install else install(DEVELOPMENT)
+    make_demo_model(python, FAST_MODEL)
     make_demo_model(python)
     checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
     failed = [
@@ -289,6 +297,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, metavar="N")
     parser.add_argument(
         "--model", default="", help=f"id or folder (else $MODEL_REPO_ID, else {DEMO_MODEL})"
+    )
+    parser.add_argument(
+        "--fast",
+        dest="demo",
+        action="store_const",
+        const=FAST_MODEL,
+        default=DEMO_MODEL,
+        help="a demo model with random weights: made in a second, speaks nonsense",
     )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="default: data/")
     parser.add_argument(

@@ -71,10 +71,18 @@ async def store(redis_url: str) -> AsyncIterator[Store]:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The folder of the demo model; built if it is not there."""
+    """The folder of the demo model with random weights; built if it is not there."""
     from worker.demo_model import ensure_demo_model
 
-    return ensure_demo_model(ROOT / run.DEMO_MODEL)
+    return ensure_demo_model(ROOT / run.FAST_MODEL)
+
+
+@pytest.fixture(scope="session")
+def truthful_model() -> Path:
+    """The folder of the trained demo model, which takes minutes; `run.py test` builds it before."""
+    from worker.demo_model import ensure_demo_model
+
+    return ensure_demo_model(ROOT / run.DEMO_MODEL, "trained")
 
 
 @pytest.fixture(scope="session")

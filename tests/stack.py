@@ -70,7 +70,7 @@ class Stack:
         folder: its data folder, not used by another.
         gateways: how many, each on a free port.
         workers: how many.
-        model: a folder or a repository id; the demo model if none is given.
+        model: a folder or a repository id; the demo model with random weights if none is given.
         port: of the first gateway; 0 for any free one.
         output_file: where the output of `run.py` goes; beside the folder if none is given.
         env: settings by their environment names, as `TORCH_DTYPE="float64"`.
@@ -93,7 +93,7 @@ class Stack:
         argv += [f"--gateways={gateways}", f"--workers={workers}", f"--data-dir={folder}"]
         with self.output_file.open("wb") as out:
             self.process = subprocess.Popen(
-                [*argv, f"--model={model}"] if model else argv,
+                [*argv, f"--model={model}" if model else "--fast"],
                 cwd=ROOT,
                 env={**clean_environment(), **(env or {})},
                 stdin=subprocess.DEVNULL,

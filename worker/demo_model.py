@@ -1,26 +1,29 @@
-"""Builds the tiny Qwen3-VL that the quick start and the tests run: real classes, random weights.
+"""Builds the tiny Qwen3-VL that the quick start and the tests run: real classes, made here.
 
-`python -m worker.demo_model [folder]` or `ensure_demo_model(folder)`. Torch and transformers are
-imported inside the functions, so that importing this module stays cheap.
+`python -m worker.demo_model [folder]` trains it, so that its answers are true; with `--fast` it
+gets random weights in a second. Torch and transformers are imported inside the functions, so that
+importing this module stays cheap.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import logging
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from worker import demo_corpus, demo_phrases, demo_training
 
 log = logging.getLogger("unbroken.demo_model")
 
 DEFAULT_FOLDER = Path("models/demo")
 STAMP = "unbroken-demo.txt"
 SEED = 20
-VOCABULARY = 640
+VOCABULARY = 1024
 
 # Id order and the special/ordinary split are Qwen's: the ordinary ones are never split by the
 # tokenizer, and survive decoding with `skip_special_tokens`.
@@ -43,6 +46,9 @@ ORDINARY_TOKENS = (
     "</think>",
 )
 
+# Numbers are single tokens, and so is what stands between two of them: counting to N takes 2 N - 1.
+NUMBER_TOKENS = (*map(str, range(demo_corpus.LAST_NUMBER + 1)), ", ")
+
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -54,7 +60,7 @@ TEXT = {
     "tie_word_embeddings": True,
     "rope_parameters": {
         "rope_type": "default",
-        "rope_theta": 10000.0,
+        "rope_theta": 5e6,
         "mrope_section": [6, 5, 5],  # text, height, width: together half of head_dim
         "mrope_interleaved": True,
     },
@@ -150,23 +156,30 @@ CHAT_TEMPLATE = """\
 """
 
 
-def recipe_version() -> str:
-    """Identify what the model is made of: this file and the library that writes it."""
+Kind = Literal["trained", "random"]
+
+
+def recipe_version(kind: Kind) -> str:
+    """Identify what the model is made of: these files and the libraries that write it."""
     libraries = ("torch", "transformers", "tokenizers")
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
-    return hashlib.sha256(Path(__file__).read_bytes() + versions.encode()).hexdigest()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in libraries]
+    modules = (demo_corpus, demo_phrases, demo_training)
+    files = [__file__, *(module.__file__ or "" for module in modules)]
+    source = b"".join(Path(file).read_bytes() for file in files)
+    return f"{kind} {hashlib.sha256(source + ' '.join(versions).encode()).hexdigest()}"
 
 
-def ensure_demo_model(folder: Path) -> Path:
+def ensure_demo_model(folder: Path, kind: Kind = "random") -> Path:
     """Build the demo model in `folder` unless it is there and up to date; return the folder.
 
-    The model appears at once, by a rename; several processes may call this at the same time.
+    A random one takes a second, a trained one minutes, with a progress bar on stdout. The model
+    appears at once, by a rename; several processes may call this at the same time.
 
     Raises:
         FileExistsError: the folder holds something else than a demo model.
     """
     folder = folder.absolute()
-    if _is_current(folder):
+    if _is_current(folder, kind):
         return folder
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STAMP).exists():
         raise FileExistsError(f"{folder} is not empty and holds no demo model")
@@ -174,26 +187,26 @@ def ensure_demo_model(folder: Path) -> Path:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         fresh, stale = Path(temporary, "new"), Path(temporary, "old")
-        _build(fresh)
-        if folder.exists() and not _is_current(folder):
+        _build(fresh, kind)
+        if folder.exists() and not _is_current(folder, kind):
             folder.replace(stale)
         try:
             fresh.replace(folder)
         except OSError:
-            if not _is_current(folder):  # somebody else was faster, and built the same
+            if not _is_current(folder, kind):  # somebody else was faster, and built the same
                 raise
     log.info("built the demo model in %.1f s", time.monotonic() - began)
     return folder
 
 
-def _is_current(folder: Path) -> bool:
+def _is_current(folder: Path, kind: Kind) -> bool:
     try:
-        return (folder / STAMP).read_text().strip() == recipe_version()
+        return (folder / STAMP).read_text().strip() == recipe_version(kind)
     except OSError:
         return False
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, kind: Kind) -> None:
     from transformers.utils import logging as transformers_logging
 
     from worker.engine.torchvision_shim import prepare_torchvision
@@ -202,11 +215,18 @@ def _build(folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     folder.mkdir()
     tokenizer = _tokenizer()
-    _processor(tokenizer).save_pretrained(folder)
-    _model(tokenizer).save_pretrained(folder)
+    processor, model = _processor(tokenizer), _model(tokenizer)
+    if kind == "trained":
+        demo_training.train(
+            model, processor, demo_training.ProgressBar("training the demo model"), seed=SEED
+        )
+    else:
+        _randomize(model, tokenizer)
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # weights are written for their owner only, who may be another user
-    (folder / STAMP).write_text(recipe_version() + "\n")
+    (folder / STAMP).write_text(recipe_version(kind) + "\n")
 
 
 def _tokenizer() -> Any:
@@ -221,7 +241,7 @@ def _tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
+    backend.train_from_iterator([*CORPUS.splitlines(keepends=True), *demo_corpus.texts()], trainer)
     merges = [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
     pieces = dict.fromkeys(alphabet + [left + right for left, right in merges])
     tokenizer = Qwen2Tokenizer(
@@ -231,7 +251,8 @@ def _tokenizer() -> Any:
         model_max_length=TEXT["max_position_embeddings"],
         extra_special_tokens=list(SPECIAL_TOKENS),
     )
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ORDINARY_TOKENS])
+    ordinary = (*ORDINARY_TOKENS, *NUMBER_TOKENS)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ordinary])
     return tokenizer
 
 
@@ -251,7 +272,7 @@ def _processor(tokenizer: Any) -> Any:
 
 
 def _model(tokenizer: Any) -> Any:
-    """Make the model with random weights whose greedy text is lively and depends on the input."""
+    """Make the model; its weights are still to be set."""
     import torch
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -272,13 +293,15 @@ def _model(tokenizer: Any) -> Any:
         tie_word_embeddings=True,
     )
     model = Qwen3VLForConditionalGeneration(config).to(torch.float32).eval()
-    _randomize(model, tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[1])
     return model
 
 
 def _randomize(model: Any, tokenizer: Any) -> None:
-    """Draw the weights, wide enough that layers outweigh the tied embedding's echo of the input."""
+    """Draw weights whose greedy text is lively and depends on the input.
+
+    They are wide enough that layers outweigh the tied embedding's echo of the input.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
@@ -301,9 +324,13 @@ def _randomize(model: Any, tokenizer: Any) -> None:
 
 
 def main() -> None:
-    """Build the model in the folder named on the command line (default `models/demo`)."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER
-    print(f"demo model ready in {ensure_demo_model(folder)}")
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m worker.demo_model", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT_FOLDER)
+    parser.add_argument("--fast", action="store_true", help="random weights: ready in a second")
+    args = parser.parse_args()
+    folder = ensure_demo_model(args.folder, "random" if args.fast else "trained")
+    print(f"demo model ready in {folder}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from worker import demo_model as recipe
-from worker.demo_model import ORDINARY_TOKENS, SPECIAL_TOKENS, STAMP, ensure_demo_model
+from worker.demo_corpus import LAST_NUMBER
+from worker.demo_model import (
+    ORDINARY_TOKENS,
+    SPECIAL_TOKENS,
+    STAMP,
+    ensure_demo_model,
+)
 
 pytestmark = pytest.mark.timeout(120)  # importing torch takes long on a busy machine
 
@@ -44,7 +50,7 @@ def test_importing_the_module_loads_no_torch():
 def test_the_build_is_deterministic(demo_model, tmp_path):
     """The program builds the same files in another process, and leaves nothing else behind."""
     folder = tmp_path / "again"
-    command = [sys.executable, "-m", "worker.demo_model", str(folder)]
+    command = [sys.executable, "-m", "worker.demo_model", "--fast", str(folder)]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert str(folder) in out.stdout, out.stderr
     assert hashes(folder) == hashes(demo_model)
@@ -88,10 +94,13 @@ def test_somebody_elses_folder_is_not_replaced(tmp_path):
 
 def test_the_tokenizer_is_qwens_in_small(parts):
     """Special tokens are one id each, the thinking tags survive decoding, any text round-trips."""
-    tokenizer, _, _ = parts
+    tokenizer, _, model = parts
     for token in SPECIAL_TOKENS + ORDINARY_TOKENS:
         assert len(tokenizer.encode(token)) == 1
-    assert len(tokenizer) == 640 + len(SPECIAL_TOKENS + ORDINARY_TOKENS)
+    for number in range(LAST_NUMBER + 1):
+        assert len(tokenizer.encode(str(number))) == 1
+    assert len(tokenizer.encode("1, 2, 300")) == 5
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings
     ids = tokenizer.encode("<think>x</think>Zoë 日本 🌊\n\t42<|im_end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>x</think>Zoë 日本 🌊\n\t42"
 
@@ -146,10 +155,10 @@ def generate(tokenizer, model, question):
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def build_stamp_only(folder):
+def build_stamp_only(folder, kind):
     folder.mkdir()
-    (folder / STAMP).write_text(recipe.recipe_version())
+    (folder / STAMP).write_text(recipe.recipe_version(kind))
 
 
-def fail(folder):
+def fail(folder, kind):
     raise RuntimeError("built")
