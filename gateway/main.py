@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from gateway import chat, health, meter, responses, sessions
+from gateway import chat, health, meter, page, responses, sessions
 from gateway.admission import ReadyModels
 from gateway.auth import Authenticator
 from gateway.connection import SERVER_SEND
@@ -70,7 +70,9 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-gateway-id"] = page.GATEWAY_ID
             measured.sent(message)
             await send(message)
 
@@ -212,7 +214,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     app.state.services = make_services(settings)
     allow_origins(app, settings.cors_origins)
-    for module in (chat, responses, sessions, health, meter):
+    for module in (chat, responses, sessions, health, meter, page):
         app.include_router(module.router)
     app.add_exception_handler(UnbrokenError, _on_unbroken)
     app.add_exception_handler(HTTPException, _on_http)

@@ -59,6 +59,7 @@ async def session(session_id: str, request: Request) -> dict[str, Any]:
         "started": record.started,
         "ended": record.ended,
         "last_index": record.last,
+        "worker": record.worker,
         "queue_position": await services.queue.position(session_id) if waits else None,
         "usage": usage_json(record.usage) if record.usage else None,
         "exact": record.exact,

@@ -27,6 +27,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     since: int = 0
     running: int = 0
     slots: int = 0
+    pid: int = 0
 
 
 _decoder = msgspec.json.Decoder(WorkerInfo)

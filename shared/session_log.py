@@ -82,11 +82,17 @@ class SessionRecord(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     exact: bool = True
     takeovers: int = 0
+    lease: str = ""
 
     @property
     def runs_unwatched(self) -> bool:
         """Tell whether the session goes on however long nobody watches it."""
         return self.response is not None and self.response.background
+
+    @property
+    def worker(self) -> str | None:
+        """The id of the worker that generates it, or did so last."""
+        return self.lease.rpartition(":")[0] or None
 
     @property
     def has_ended(self) -> bool:

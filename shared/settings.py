@@ -50,6 +50,7 @@ class GatewaySettings(SharedSettings):
     keepalive_seconds: float = Field(default=15, gt=0)
     sessions_db_path: str = "data/sessions.db"
     archive_ttl_seconds: int = Field(default=7 * 24 * 3600, ge=1)
+    run_state_path: str = ""
 
 
 class WorkerSettings(SharedSettings):
@@ -71,6 +72,7 @@ class WorkerSettings(SharedSettings):
     media_memory_bytes: int = Field(default=2 * 2**30, ge=2**27)
     max_media_aspect: int = Field(default=200, ge=1)
     engine_threads: int = Field(default=1, ge=1)
+    max_steps_per_second: float = Field(default=0, ge=0)
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
     exact: Literal["auto", "0", "1"] = "auto"

@@ -13,7 +13,7 @@ class ScriptedWorker:
     """Claims sessions and writes what the test says, through the real scripts."""
 
     def __init__(self, store: Store, worker_id: str = "scripted", model: str = "org/tiny") -> None:
-        self.id, self.model = worker_id, model
+        self.id, self.model, self.store = worker_id, model, store
         self.log = SessionLog(store)
         self.queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000)
         self.fleet = Fleet(store)

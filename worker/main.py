@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import signal
 import time
@@ -133,6 +134,7 @@ class WorkerProcess:
             since=self._since,
             running=self._consumer.running,
             slots=self._settings.max_batch_size,
+            pid=os.getpid(),
         )
 
     def _write_status(self, info: WorkerInfo) -> None:
@@ -218,6 +220,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         threads=settings.engine_threads,
         exact={"auto": None, "0": False, "1": True}[settings.exact],
         log_level=settings.log_level,
+        pace_seconds=1 / settings.max_steps_per_second if settings.max_steps_per_second else 0.0,
     )
 
 

@@ -27,6 +27,7 @@ class EngineConfig:
     threads: int
     exact: bool | None = None  # None: on a CPU only
     log_level: str = "INFO"
+    pace_seconds: float = 0.0  # a step takes no less, where people shall watch
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def run(sock: socket.socket, config: EngineConfig) -> None:
     try:
         engine = _load(channel, config)
         if engine is not None:
-            _serve(channel, engine)
+            _serve(channel, engine, config.pace_seconds)
     except Disconnected:
         log.info("the worker is gone")
 
@@ -92,7 +92,7 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
     return engine
 
 
-def _serve(channel: Channel, engine: Engine) -> None:
+def _serve(channel: Channel, engine: Engine, pace_seconds: float) -> None:
     """Alternate between commands and steps; wait for a command where there is nothing to do."""
     spoke = time.monotonic()
     while True:
@@ -101,10 +101,13 @@ def _serve(channel: Channel, engine: Engine) -> None:
             if isinstance(command, Stop):
                 return
             engine.handle(command)
+        next_step = time.monotonic() + pace_seconds
         outputs = engine.step()
         if outputs or time.monotonic() - spoke > BEAT_SECONDS:
             channel.send(Step(outputs, *engine.load()) if outputs else Busy())
             spoke = time.monotonic()
+        if pace_seconds:
+            time.sleep(max(0.0, next_step - time.monotonic()))
 
 
 def _die_with_parent() -> None:
