@@ -26,7 +26,7 @@ from tests.client_kit import (
     status,
 )
 from tests.gateway_process import GatewayProcess
-from tests.stack import ROOT, clean_environment
+from tests.stack import clean_environment
 
 SOURCES = Path(__file__).with_name("js")
 QUICK = {"backoffMs": 10, "maxBackoffMs": 50, "maxRetries": 30}
@@ -35,22 +35,6 @@ pytestmark = [
     pytest.mark.timeout(60),
     pytest.mark.skipif(shutil.which("npm") is None, reason="node and npm are not installed"),
 ]
-
-
-@pytest.fixture(scope="session")
-def js():
-    """A folder with the clients' packages, kept between runs, and our files; its path."""
-    lock = (SOURCES / "package-lock.json").read_bytes()
-    folder = ROOT / ".cache" / "clients" / f"js-{hashlib.sha256(lock).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for source in (*SOURCES.iterdir(), *(ROOT / "clients" / "js").iterdir()):
-        shutil.copy(source, folder)
-    if not (folder / "complete").exists():
-        argv = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        (folder / "complete").touch()
-    return folder
 
 
 @pytest.fixture(scope="module")
