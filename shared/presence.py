@@ -108,16 +108,21 @@ class Presence:
         if not session_ids:
             return {}
         names = [keys.cancel(s) for s in session_ids] + [keys.watch(s) for s in session_ids]
+        names += [keys.job(s) for s in session_ids]  # without it, Redis has lost the session
         values = await self._redis.mget(names)
         in_doubt = not self._contact.heard() or not self._ttl_ms
-        half = len(session_ids)
+        count = len(session_ids)
         return {
             session_id: Signals(
                 ("abandoned" if cancel == b"abandoned" else "requested") if cancel else None,
-                watched is not None or in_doubt,
+                watched is not None or job is None or in_doubt,
             )
-            for session_id, cancel, watched in zip(
-                session_ids, values[:half], values[half:], strict=True
+            for session_id, cancel, watched, job in zip(
+                session_ids,
+                values[:count],
+                values[count : 2 * count],
+                values[2 * count :],
+                strict=True,
             )
         }
 

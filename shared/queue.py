@@ -13,13 +13,14 @@ from shared import keys, logs
 from shared.metrics import CANCELS
 from shared.presence import watch_ttl_ms
 from shared.protocol import Failed, Finished, Started, Usage, encode_event, encode_request
-from shared.session_log import SessionLog, tally
+from shared.session_log import SessionLog, record_fields, tally
 from shared.store import is_wrong_type
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from shared.protocol import CancelReason, Event, GenerationRequest, ResponseParams, Status
+    from shared.session_log import SessionRecord
     from shared.store import Store
 
 JOB_FUNCTION = "run_session"
@@ -50,6 +51,15 @@ class Claimed(NamedTuple):
 
     session_id: str
     lease: str
+
+
+class SessionCopy(NamedTuple):
+    """All that a worker knows of a session that it runs: enough to write it again."""
+
+    claimed: Claimed
+    record: SessionRecord
+    request: bytes
+    events: Sequence[bytes]
 
 
 class Claim(NamedTuple):
@@ -83,15 +93,11 @@ class SessionQueue:
         Safe to repeat: the second call attaches. With `max_queue` 0 it attaches, or answers `full`.
         """
         sid, choices = new.session_id, new.request.sampling.n
-        of = {"request_id": logs.request_id.get()}  # so that the worker's log lines bear it too
-        job = serialize_job(
-            JOB_FUNCTION, (sid,), of, None, int(time.time() * 1000), serializer=job_serializer
-        )
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
         names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
         args: list[Any] = [sid, new.owner, new.digest, new.model, new.fingerprint, choices]
         args += [max_queue, keys.LIVE_TTL, self._first_watch_ms(new), int(new.include_usage)]
-        args += [encode_request(new.request), job, encode_event(Started(choices))]
+        args += [encode_request(new.request), _job(sid), encode_event(Started(choices))]
         args.append(msgspec.json.encode(new.response) if new.response else b"")
         outcome, created = await self._store.run("submit", names, args)
         return outcome.decode(), int(created)
@@ -136,6 +142,20 @@ class SessionQueue:
         args = [claimed.lease, engine, int(exact), media, prompt_tokens]
         reply = await self._store.run("begin", [keys.session(claimed.session_id)], args)
         return {1: "begun", 0: "lost"}.get(reply, "media_changed")  # type: ignore[return-value]
+
+    async def restore(self, copy: SessionCopy) -> bool:
+        """Write a running session again, as far as Redis has lost it.
+
+        Returns False where it is another's, or has ended. Safe to repeat.
+        """
+        (sid, lease), record = copy.claimed, copy.record
+        names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
+        names += [keys.watch(sid), keys.LEASES, keys.QUEUE]
+        fields = record_fields(record)
+        args: list[Any] = [sid, lease, lease.rpartition(":")[2], record.owner, record.digest]
+        args += [LEASE_MS, keys.LIVE_TTL, self._watch_ttl_ms, copy.request, _job(sid)]
+        args += [len(fields), *fields, *copy.events]
+        return bool(await self._store.run("restore", names, args))
 
     async def release(self, claimed: Claimed, *, blameless: bool = True) -> bool:
         """Give a session back to its old place; False where the lease is no longer ours.
@@ -257,6 +277,15 @@ class SessionQueue:
         """Return the session's place in the queue, 0 for the next, or None where it waits not."""
         rank: int | None = await self._store.redis.zrank(keys.QUEUE, session_id)
         return rank
+
+
+def _job(session_id: str) -> bytes:
+    """Encode the arq job that runs a session; its log lines bear the HTTP request's id too."""
+    now, of = int(time.time() * 1000), {"request_id": logs.request_id.get()}
+    job: bytes = serialize_job(
+        JOB_FUNCTION, (session_id,), of, None, now, serializer=job_serializer
+    )
+    return job
 
 
 def _timed_out(seconds: float) -> Failed:

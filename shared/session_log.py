@@ -108,6 +108,18 @@ def _parse_record(raw: dict[bytes, bytes]) -> SessionRecord:
     return msgspec.convert(fields, SessionRecord, strict=False)
 
 
+def record_fields(record: SessionRecord) -> list[str | bytes]:
+    """Return a running session's record as names and values of its hash."""
+    fields: list[str | bytes] = []
+    for name, value in msgspec.structs.asdict(record).items():
+        if name in ("usage", "response"):
+            if value is not None:
+                fields += (name, msgspec.json.encode(value))
+        elif value is not None:
+            fields += (name, str(int(value) if isinstance(value, bool) else value))
+    return fields
+
+
 class SessionLog:
     """Reads and writes the logs of all sessions through one Redis client.
 

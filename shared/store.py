@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,33 @@ def connect(url: str, *, retries: int = 3, socket_timeout: float = 5.0) -> Redis
         return Redis.from_pool(ConnectionPool(connection_class=kind, **{**options, **found}))
     redis: Redis = Redis.from_url(url, **options)
     return redis
+
+
+class Outage:
+    """Logs an outage of Redis once, and its end.
+
+    Args:
+        log: where to.
+        what: what fails meanwhile.
+    """
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log, self._what = log, what
+        self._since: float | None = None
+
+    def begins(self, error: Exception) -> None:
+        """Take note of a failure."""
+        if self._since is None:
+            self._since = time.monotonic()
+            extra = {"error": type(error).__name__, "why": str(error)[:80]}
+            self._log.warning("%s; trying again", self._what, extra=extra)
+
+    def over(self) -> None:
+        """Take note of a success."""
+        if self._since is not None:
+            seconds = round(time.monotonic() - self._since, 1)
+            self._log.warning("redis is back", extra={"seconds": seconds})
+            self._since = None
 
 
 class Store:

@@ -27,7 +27,7 @@ from shared.queue import (
     job_deserializer,
     job_serializer,
 )
-from shared.store import FAILED, is_wrong_type
+from shared.store import FAILED, Outage, is_wrong_type
 from shared.tasks import stop
 from worker.job import EngineGone, LeaseLost, OtherModel, SessionJob
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shared.queue import SessionQueue
     from shared.store import Store
     from worker.job import Parts
+    from worker.pulse import Pulse
 
 log = logging.getLogger("unbroken.consumer")
 
@@ -67,6 +68,7 @@ class LeasedWorker(Worker):
         presence: cancel flags and watchers.
         parts: what the jobs need.
         slots: how many sessions run at once.
+        pulse: tells whether this process was frozen.
         queue_timeout_seconds: how long a session may wait for a worker.
     """
 
@@ -80,6 +82,7 @@ class LeasedWorker(Worker):
         presence: Presence,
         parts: Parts,
         slots: int,
+        pulse: Pulse,
         queue_timeout_seconds: float = 600,
     ) -> None:
         pool = ArqRedis(
@@ -108,6 +111,7 @@ class LeasedWorker(Worker):
         self._sweeper = Sweeper(store, queue, presence)
         self._overdue = Overdue(queue, queue_timeout_seconds)
         self._loops: list[asyncio.Task[None]] = []
+        self._pulse = pulse
         self._renewed = time.monotonic()
         self._freed = asyncio.Event()
         self.can_claim = asyncio.Event()
@@ -126,9 +130,11 @@ class LeasedWorker(Worker):
             (SWEEP_SECONDS, self._overdue.sweep),
         ):
             self._loops.append(asyncio.create_task(_forever(seconds, step), name=step.__name__))
+        self._loops.append(asyncio.create_task(self._pulse.run(), name="pulse"))
+        outage = Outage(log, "no sessions can be claimed")
         while True:
             await self.can_claim.wait()
-            await _through_outages(self._poll_iteration)
+            await _through_outages(self._poll_iteration, outage)
 
     async def _poll_iteration(self) -> None:
         """Claim what fits and start it, else wait: for the bell, a slot, an expiring lease."""
@@ -234,12 +240,14 @@ class LeasedWorker(Worker):
             await SessionJob(Claimed(job_id, lease), self._parts).fail(error)
 
     async def _renew(self) -> None:
-        held = dict(self._leases)
+        held, asked = dict(self._leases), time.monotonic()
         lost = await self._queue.renew(held)
         self._renewed = time.monotonic()
         for sid in lost:
             if self._leases.get(sid) == held[sid] and sid in self._jobs:
-                self._jobs[sid].lose()
+                job = self._jobs[sid]
+                (job.doubt if self._pulse.steady else job.lose)()
+        self._pulse.confirm(asked)
 
     async def _read_signals(self) -> None:
         jobs = dict(self._jobs)
@@ -263,21 +271,23 @@ class LeasedWorker(Worker):
         await stop(*self._loops)
 
 
-async def _through_outages(step: Callable[[], Awaitable[None]]) -> None:
-    """Run a step; while Redis is away or refuses, say so and wait a moment instead."""
+async def _through_outages(step: Callable[[], Awaitable[None]], outage: Outage) -> None:
+    """Run a step; while Redis is away or refuses, say so once and wait a moment instead."""
     try:
         await step()
+        outage.over()
     except FAILED as error:
-        log.warning("redis failed", extra={"error": type(error).__name__, "why": str(error)[:80]})
+        outage.begins(error)
         await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def _forever(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
     """Repeat a step at a fixed pace, outages of Redis or not."""
+    outage = Outage(log, f"redis fails {step.__name__.strip('_')}")
     while True:
         started = time.monotonic()
         try:
-            await _through_outages(step)
+            await _through_outages(step, outage)
         except Exception:  # a bug here must not end the renewing of leases
             log.exception("worker loop failed")
         await asyncio.sleep(max(0.0, seconds - (time.monotonic() - started)))

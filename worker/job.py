@@ -11,6 +11,7 @@ import msgspec
 from shared import protocol
 from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, Usage
+from shared.queue import RENEW_SECONDS
 from worker.engine.messages import Add
 from worker.meter import RunMeter
 from worker.publisher import Ending
@@ -94,6 +95,13 @@ class SessionJob:
                 future.set_exception(LeaseLost())
                 future.exception()  # either may stay unread
 
+    def doubt(self) -> None:
+        """Find out whether the session is another's; if Redis has lost it, write it again."""
+        if self._writer:
+            self._writer.doubt()
+        else:
+            self.lose()
+
     async def run(self) -> None:
         """Run the session to its end.
 
@@ -153,6 +161,8 @@ class SessionJob:
         try:
             request = _readable(raw)
             entries = await self._parts.log.read_all(self.claimed.session_id)
+            assert self._writer is not None  # noqa: S101 - run() opened it
+            self._writer.keep(record, raw or b"", [entry.data for entry in entries])
             generated = replay(entries, request.sampling.n)
             thoughts = replay(entries, request.sampling.n, "reasoning")
             self._counts = {
@@ -160,7 +170,7 @@ class SessionJob:
             }
             self._prompt_tokens = record.prompt_tokens
             self._check_attempts(record)
-            prompt = await self._prepare(request)
+            prompt = await self._prepare(request, record)
             if prompt is None:
                 return self._ending(request.sampling.n)
             self._run_engine(prompt, request, generated, trial=record.attempts > 1)
@@ -179,7 +189,7 @@ class SessionJob:
         if record.attempts > most:
             raise UnbrokenError("generation_failed", f"The generation failed {most} times.")
 
-    async def _prepare(self, request: GenerationRequest) -> Prompt | None:
+    async def _prepare(self, request: GenerationRequest, record: SessionRecord) -> Prompt | None:
         """Fetch, decode and tokenize; None if the session is cancelled meanwhile.
 
         Raises:
@@ -195,24 +205,36 @@ class SessionJob:
             prompt, hashes = task.result()
         finally:
             task.cancel()
-        await self._begin(prompt, hashes)
+        await self._begin(prompt, ",".join(hashes), record)
         return prompt
 
-    async def _begin(self, prompt: Prompt, hashes: Sequence[str]) -> None:
+    async def _begin(self, prompt: Prompt, media: str, record: SessionRecord) -> None:
         """Note what the session is generated from; it must be what it was begun with."""
         self._prompt_tokens = len(prompt.input_ids)
         engine = self._parts.engine.state.ready
         if engine is None:  # it died meanwhile
             raise EngineGone(blameless=True)
-        outcome = await self._parts.queue.begin(
-            self.claimed,
-            engine.fingerprint,
-            ",".join(hashes),
-            self._prompt_tokens,
-            exact=engine.exact,
+        for last_try in (False, True):
+            outcome = await self._parts.queue.begin(
+                self.claimed, engine.fingerprint, media, self._prompt_tokens, exact=engine.exact
+            )
+            if outcome != "lost":
+                break
+            if last_try:
+                raise LeaseLost
+            self.doubt()  # Redis may have lost it meanwhile
+            await asyncio.wait({self._interrupted}, timeout=RENEW_SECONDS)
+        exact = record.exact and (
+            record.last == 0 or (record.engine == engine.fingerprint and engine.exact)
         )
-        if outcome == "lost":
-            raise LeaseLost
+        assert self._writer is not None  # noqa: S101 - run() opened it
+        self._writer.record = msgspec.structs.replace(
+            record,
+            engine=engine.fingerprint,
+            media=media,
+            prompt_tokens=self._prompt_tokens,
+            exact=exact,
+        )
         if outcome == "media_changed":
             raise UnbrokenError(
                 "media_changed",

@@ -29,6 +29,7 @@ from worker.engine_client import EngineClient
 from worker.job import Parts
 from worker.prompts import PromptBuilder
 from worker.publisher import Publisher
+from worker.pulse import Pulse
 
 if TYPE_CHECKING:
     from worker.engine_client import EngineState
@@ -52,14 +53,20 @@ class WorkerProcess:
         kept = hold_seconds(kept) if archived else kept
         watch_ms = int(settings.cancel_after_disconnect_seconds * 1000)
         self._fleet = Fleet(self._store)
-        self._publisher = Publisher(SessionLog(self._store, archived=archived), kept_seconds=kept)
+        pulse = Pulse()
+        queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived)
+        self._publisher = Publisher(
+            SessionLog(self._store, archived=archived),
+            kept_seconds=kept,
+            restore=queue.restore,
+            is_steady=lambda: pulse.steady,
+        )
         self._engine = EngineClient(
             engine_config(settings),
             self._on_engine_state,
             step_seconds=settings.step_timeout_seconds,
         )
         self._prompts = PromptBuilder(settings)
-        queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived)
         parts = Parts(
             log=SessionLog(self._store),
             queue=queue,
@@ -78,6 +85,7 @@ class WorkerProcess:
             presence=Presence(self._store, watch_ms=watch_ms),
             parts=parts,
             slots=settings.max_batch_size,
+            pulse=pulse,
             queue_timeout_seconds=settings.queue_timeout_seconds,
         )
 

@@ -12,16 +12,16 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from shared.protocol import Usage, encode_event
+from shared.queue import Claimed, SessionCopy
 from shared.session_log import FENCED, LOG_LOST, REFUSED, Append
-from shared.store import FAILED, UNAVAILABLE
+from shared.store import FAILED, UNAVAILABLE, Outage
 from shared.tasks import stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from shared.protocol import Event, Status
-    from shared.queue import Claimed
-    from shared.session_log import SessionLog
+    from shared.session_log import SessionLog, SessionRecord
 
 log = logging.getLogger("unbroken.publisher")
 
@@ -60,6 +60,23 @@ class SessionWriter:
         self.ending: Ending | None = None
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._publisher, self._on_lost = publisher, on_lost
+        self.record: SessionRecord | None = None
+        self._request = b""
+        self._written: list[bytes] = []  # the log, as far as it is confirmed
+
+    def keep(self, record: SessionRecord, request: bytes, written: Sequence[bytes]) -> None:
+        """Hold what it takes to write the session again, should Redis lose it.
+
+        To be called before anything is written.
+        """
+        self.record, self._request, self._written = record, request, list(written)
+
+    def copy(self) -> SessionCopy | None:
+        """Return the session as far as it is confirmed, or None where not all of it is here."""
+        if self.record is None or len(self._written) != self.first:
+            return None
+        claimed = Claimed(self.session_id, self.lease)
+        return SessionCopy(claimed, self.record, self._request, self._written)
 
     def write(self, event: Event) -> None:
         """Put an event behind the others; it goes out with the publisher's next call."""
@@ -81,6 +98,12 @@ class SessionWriter:
         if not self.ended.done():
             self.ended.set_result(False)
 
+    def doubt(self) -> None:
+        """Find out whether the session is another's, or Redis has lost it: then write it again."""
+        if not self.ended.done():
+            self._publisher.doubted[self.session_id] = self
+            self._publisher.wake()
+
     def lose(self, why: str) -> None:
         """Drop everything: the session belongs to another worker, or is gone."""
         if not self.ended.done():
@@ -97,7 +120,8 @@ class SessionWriter:
         return Append(self.session_id, self.lease, self.first, self.pending[:cut])
 
     def confirm(self, count: int) -> None:
-        """Forget the first `count` pending events: they are in the log."""
+        """Take note that the first `count` pending events are in the log."""
+        self._written += self.pending[:count]
         del self.pending[:count]
         self.first += count
         if self.pending or self.ending:
@@ -110,12 +134,25 @@ class Publisher:
     Args:
         session_log: the logs.
         kept_seconds: how long an ended session stays in Redis.
+        restore: writes a session again that Redis may have lost; tells whether it is ours. Without
+            it, a session that Redis lost is lost.
+        is_steady: whether our copies of sessions can be the newest there are.
     """
 
-    def __init__(self, session_log: SessionLog, *, kept_seconds: int) -> None:
+    def __init__(
+        self,
+        session_log: SessionLog,
+        *,
+        kept_seconds: int,
+        restore: Callable[[SessionCopy], Awaitable[bool]] | None = None,
+        is_steady: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.dirty: dict[str, SessionWriter] = {}
+        self.doubted: dict[str, SessionWriter] = {}
         self._log, self._kept = session_log, kept_seconds
+        self._restore, self._is_steady = restore, is_steady
         self._wake = asyncio.Event()
+        self._outage = Outage(log, "redis takes no writes")
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -134,25 +171,54 @@ class Publisher:
     def flush(self) -> None:
         """Send what was written since; called once per engine step."""
         if self.dirty:
-            self._wake.set()
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the task look at what there is to do."""
+        self._wake.set()
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             backoff = 0.05
-            while self.dirty:
+            while self.dirty or self.doubted:
                 writers, self.dirty = list(self.dirty.values()), {}
                 try:
-                    sent = await self._send(writers)
+                    sent = await self._resolve_doubts()
+                    sent = await self._send(writers) if sent else self._put_back(writers)
                 except Exception:  # a bug must not leave streams hanging on a renewed lease
                     log.exception("publishing failed")
                     sent = self._put_back(writers)
                 if sent:
                     backoff = 0.05
+                    self._outage.over()
                 else:
                     await asyncio.sleep(backoff)
                     backoff = min(backoff * 2, MAX_BACKOFF)
+
+    def _doubt(self, writer: SessionWriter) -> None:
+        """Ask whose the session is now, unless we were away for so long that it is not ours."""
+        if self._restore and self._is_steady() and writer.copy():
+            self.doubted[writer.session_id] = writer
+        else:
+            writer.lose("lease")
+
+    async def _resolve_doubts(self) -> bool:
+        """Write doubted sessions again where they are ours; returns False while Redis is away."""
+        while self.doubted:
+            session_id, writer = next(iter(self.doubted.items()))
+            copy = writer.copy()
+            try:
+                if self._restore and copy and await self._restore(copy):
+                    log.warning("session written again", extra={"session": session_id})
+                    self.dirty[session_id] = writer
+                else:
+                    writer.lose("lease")
+            except FAILED as error:
+                return self._retry([], error)
+            self.doubted.pop(session_id, None)
+        return True
 
     async def _send(self, writers: list[SessionWriter]) -> bool:
         """Append for all, end those that end; puts back what failed and returns False then."""
@@ -171,7 +237,7 @@ class Publisher:
             return self._retry(writers, error)
         for writer, item, last in zip(writers, batch, replies, strict=True):
             if last in (FENCED, LOG_LOST):
-                writer.lose("lease" if last == FENCED else "log")
+                self._doubt(writer)
             elif last == REFUSED:
                 self.dirty[writer.session_id] = writer
             else:
@@ -192,15 +258,14 @@ class Publisher:
         except FAILED as error:
             return self._retry([writer], error)
         if not done:
-            writer.lose("lease")
+            self._doubt(writer)
         elif not writer.ended.done():
             writer.ended.set_result(True)
         return True
 
     def _retry(self, writers: list[SessionWriter], error: Exception) -> bool:
-        kind = type(error).__name__
         if isinstance(error, UNAVAILABLE):
-            log.warning("redis unavailable, will write again", extra={"error": kind})
+            self._outage.begins(error)
         else:
             log.error("redis refused, will write again", exc_info=error)
         return self._put_back(writers)

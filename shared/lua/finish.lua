@@ -15,6 +15,7 @@ if redis.call('TYPE', KEYS[2]).ok ~= 'stream' then
   if ARGV[4] ~= 'failed' then return -2 end
   redis.call('DEL', KEYS[2])
 end
+redis.call('ZREM', KEYS[7], ARGV[1])  -- first: a full Redis lets the rest through, and an end frees memory
 for n = last + 1, first + #ARGV - 10 do
   redis.call('XADD', KEYS[2], (n + 1) .. '-0', 'e', ARGV[10 + n - first])
   last = n
@@ -22,7 +23,6 @@ end
 local now = redis.call('TIME')[1]
 redis.call('HSET', KEYS[1], 'last', last, 'status', ARGV[4], 'lease', '', 'ended_by', ARGV[2],
   'usage', ARGV[7], 'ended', now)
-redis.call('ZREM', KEYS[7], ARGV[1])
 redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[5])

@@ -6,6 +6,9 @@
 local time = redis.call('TIME')
 local expiry = string.format('%.3f', time[1] * 1000 + time[2] / 1000 + ARGV[1])
 local lost = {}
+-- Uses no memory, and Redis, when full, lets a script that has begun to write go on: a lease must not
+-- run out because memory has.
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 for i = 7, #ARGV, 2 do
   local id, key = ARGV[i], ARGV[3] .. ARGV[i]
   local record = redis.pcall('HMGET', key, 'lease', 'status')
