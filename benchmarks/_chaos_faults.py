@@ -87,34 +87,39 @@ class Faults:
             if kind == "client cut":
                 self._cut()
                 return
-            part = await self._target(kind.split()[0])
+            part = await self.target(kind.split()[0])
             if part is not None:
-                await self._hit(kind, part)
+                await self.hit(kind, part)
                 return
             kinds = [k for k in kinds if k.split()[0] != kind.split()[0]]
 
     def _cut(self) -> None:
-        running = [s for s in self._streams() if s.times]
+        running = [s for s in self.streams() if s.times]
         hit = self._rng.sample(running, min(len(running), self._rng.randint(1, 4)))
         self.done.append(Fault("client cut", time.monotonic(), hit=hit))
         for stream in hit:
             stream.cut = True
 
-    def _streams(self) -> list[Stream]:
+    def streams(self) -> list[Stream]:
+        """Return the streams that are read now."""
         return [c.current for c in self._clients if c.current is not None]
 
-    async def _target(self, kind: str) -> Part | None:
+    async def target(self, kind: str) -> Part | None:
         """Return a part that may be hit now, if there is one."""
+        able = await self.able(kind)
+        return self._rng.choice(able) if able else None
+
+    async def able(self, kind: str) -> list[Part]:
+        """Return the parts that may be hit now; none where the last one would be."""
         parts = [p for p in self._stack.parts() if p.kind == kind and p.pid not in self._frozen]
         if kind == "redis":
-            up = parts and await self._redis_answers()
-            return parts[0] if up else None
+            return parts if await self._redis_answers() else []
         if kind == "gateway":
-            answering = [p for p in parts if await _listens(p.port)]
-            return self._rng.choice(answering) if len(answering) > 1 else None
-        ready = await self._ready_workers()
-        able = [p for p in parts if p.name in ready]
-        return self._rng.choice(able) if len(able) > 1 else None
+            able = [p for p in parts if await _listens(p.port)]
+        else:
+            ready = await self._ready_workers()
+            able = [p for p in parts if p.name in ready]
+        return able if len(able) > 1 else []
 
     async def _redis_answers(self) -> bool:
         try:
@@ -133,9 +138,10 @@ class Faults:
         infos = [msgspec.json.decode(value, type=WorkerInfo) for value in found if value]
         return {info.id for info in infos if info.state == "ready"}
 
-    async def _hit(self, kind: str, part: Part) -> None:
+    async def hit(self, kind: str, part: Part) -> None:
+        """Inject a fault of a kind, and note whom it hits."""
         number = getattr(signal, kind.split()[1])
-        before = await self._hit_by(part) if number == signal.SIGTERM else None
+        before = await self.hit_by(part) if number == signal.SIGTERM else None
         fault = Fault(kind, time.monotonic())
         if not part.signal(number):
             self._cut()
@@ -146,11 +152,11 @@ class Faults:
             fault.outage = self._rng.uniform(*FREEZE_SECONDS[part.kind])
             self._begin(self._thaw(part, fault))
         if part.kind == "redis":
-            fault.hit = self._streams()
+            fault.hit = self.streams()
             if number != signal.SIGSTOP:
                 self._begin(self._time_outage(fault))
         else:  # a dead or frozen worker's leases still stand; who stops gives them away at once
-            fault.hit = await self._hit_by(part) if before is None else before
+            fault.hit = await self.hit_by(part) if before is None else before
 
     def _begin(self, work: object) -> None:
         task = asyncio.create_task(work)  # type: ignore[arg-type]
@@ -170,9 +176,9 @@ class Faults:
             answers = await self._redis_answers()
         fault.outage = time.monotonic() - fault.at
 
-    async def _hit_by(self, part: Part) -> list[Stream]:
+    async def hit_by(self, part: Part) -> list[Stream]:
         """Return the streams that depend on a worker or a gateway now."""
-        streams = self._streams()
+        streams = self.streams()
         if part.kind == "gateway":
             return [s for s in streams if s.port == part.port]
         known = [s for s in streams if s.session_id]

@@ -23,14 +23,15 @@ from shared.store import Store, connect
 from tests.conftest import TEST_ENV
 
 pytestmark = pytest.mark.timeout(400)  # a stack, whose workers are started again and again
-CASES, CLIENTS, TOKENS, KILLS = 8, 24, 160, 100
+CASES, TOKENS, KILLS = 8, 120, 100
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory, demo_model):
     """Two gateways and two workers that these tests may kill."""
     folder = tmp_path_factory.mktemp("takeover") / "data"
-    running = Stack(folder, gateways=2, workers=2, env=TEST_ENV)
+    env = {**TEST_ENV, "MAX_BATCH_SIZE": "64"}
+    running = Stack(folder, gateways=2, workers=2, env=env)
     try:
         running.wait_until_ready()
         yield running
@@ -48,7 +49,7 @@ async def store(stack):
 class Load:
     """Clients that stream without a pause, and the undisturbed truth about what they read."""
 
-    def __init__(self, stack, store, tokens=TOKENS, clients=CLIENTS):
+    def __init__(self, stack, store, tokens=TOKENS, clients=8):
         self._store, self.stack = store, stack
         self.cases = make_cases(CASES, tokens, seed=1)
         self.clients = [Client(n, stack.urls, self.cases, seed=1) for n in range(clients)]
@@ -70,11 +71,19 @@ class Load:
     def streams(self):
         return [stream for client in self.clients for stream in client.streams]
 
-    async def target(self):
-        """Wait for a worker that may be hit: another one is ready."""
-        while (part := await self.faults._target("worker")) is None:
+    async def until_token(self, token, rng):
+        """Wait until a stream, chosen by chance, has come so far, or to its end."""
+        while not (running := self.faults.streams()):
+            await asyncio.sleep(0.005)
+        stream = rng.choice(running)
+        while len(stream.times) < token and not stream.whole:
+            await asyncio.sleep(0.005)
+
+    async def busiest(self):
+        """Wait until a worker may be hit, since another one is ready; returns the busiest."""
+        while not (able := await self.faults.able("worker")):
             await asyncio.sleep(0.05)
-        return part
+        return max([(len(await self.faults.hit_by(part)), part.pid, part) for part in able])[2]
 
     async def assert_all_whole(self):
         """Assert that every stream and every log is what it would have been; returns the logs."""
@@ -99,12 +108,10 @@ async def lasts(store, streams):
 async def test_100_sessions_killed_at_random_tokens_go_on_with_the_same_text(stack, store):
     """Text, images, sampled, with penalties: a successor begins at the very next index."""
     rng, killed = random.Random(3), []
-    async with Load(stack, store) as load:
+    async with Load(stack, store, clients=48) as load:
         while len(killed) < KILLS:
-            stream, token = rng.choice(load.streams), rng.randint(1, TOKENS)
-            while len(stream.times) < token and not stream.whole:
-                await asyncio.sleep(0.005)
-            await load.faults._hit("worker SIGKILL", await load.target())
+            await load.until_token(rng.randint(2, TOKENS // 3), rng)
+            await load.faults.hit("worker SIGKILL", await load.busiest())
             killed += (await lasts(store, load.faults.done[-1].hit)).items()
     await load.assert_all_whole()
     lines = list(stack.worker_logs())
@@ -120,15 +127,15 @@ async def test_100_sessions_killed_at_random_tokens_go_on_with_the_same_text(sta
 async def test_a_frozen_worker_is_fenced_off_and_drops_its_work(stack, store):
     """What wakes after a take-over appends nothing, by the script's word, and lets go."""
     async with Load(stack, store, tokens=600, clients=4) as load:
-        part = await load.target()
         streams = []
         while not streams:
-            part = await load.target()
-            streams = [s for s in await load.faults._hit_by(part) if len(s.times) > 5]
+            part = await load.busiest()
+            streams = [s for s in await load.faults.hit_by(part) if len(s.times) > 5]
             await asyncio.sleep(0.01)
         part.signal(signal.SIGSTOP)
         try:
-            sid, key = streams[0].session_id, keys.session(streams[0].session_id)
+            sid = min(streams, key=lambda s: len(s.times)).session_id
+            key = keys.session(sid)
             frozen = (await store.redis.hget(key, "lease")).decode()
             assert frozen.startswith(f"{part.name}:")
             while (await store.redis.hget(key, "lease")).decode().startswith(frozen):
@@ -167,11 +174,11 @@ async def test_a_rolling_restart_under_load_loses_nothing(stack, store):
         for kind in ("worker", "gateway"):
             for number in (1, 2):
                 [part] = [p for p in stack.parts() if (p.kind, p.number) == (kind, number)]
-                while await load.faults._target(kind) is None:
+                while await load.faults.target(kind) is None:
                     await asyncio.sleep(0.1)
                 assert part.signal(signal.SIGTERM)
                 while part.lives():
                     await asyncio.sleep(0.05)
-        while await load.faults._target("gateway") is None:
+        while await load.faults.target("gateway") is None:
             await asyncio.sleep(0.1)
     await load.assert_all_whole()
