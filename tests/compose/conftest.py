@@ -22,7 +22,7 @@ if not os.environ.get("COMPOSE_STAGE"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test time for containers to start."""
     for item in items:
-        item.add_marker(pytest.mark.timeout(300))
+        item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +38,16 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built(wheels: Path) -> Iterator[Compose]:
     """The project with its images built; whatever is left of it is removed at the end."""
-    compose = Compose(run.free_port(), wheels)
-    compose("down", "--volumes", "--remove-orphans", "--timeout=5")
+    compose = Compose(int(os.environ.get("COMPOSE_PORT") or run.free_port()), wheels)
+    keep = bool(os.environ.get("COMPOSE_KEEP"))  # for whoever works on these tests
+    if not keep:
+        compose("down", "--volumes", "--remove-orphans", "--timeout=5")
     began = time.monotonic()
     compose("build", seconds=900)
     print(f"\nimages built in {time.monotonic() - began:.0f} s")
     yield compose
-    compose("down", "--volumes", "--remove-orphans", "--timeout=5")
+    if not keep:
+        compose("down", "--volumes", "--remove-orphans", "--timeout=5")
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +55,7 @@ def compose(built: Compose) -> Compose:
     """The stack: a proxy, two gateways, two workers, Redis; tests leave it as they found it."""
     began = time.monotonic()
     try:
-        built("up", "--detach", "--wait", "--no-build", "--wait-timeout=180", seconds=200)
+        built("up", "--detach", "--wait", "--no-build", "--wait-timeout=400", seconds=420)
     except AssertionError as error:
         pytest.fail(f"{error}\n{built.logs()}", pytrace=False)
     print(f"\nstack up in {time.monotonic() - began:.0f} s")
