@@ -166,18 +166,19 @@ class Crowd:
                 continue
             viewer.index += len(events)
             viewer.ended = ended
-            writes.append((viewer, data))
+            writes[viewer] = writes.get(viewer, b"") + data
 
 
-Writes = list[tuple[Viewer, bytes]]
-"""What is to be written to whom. All is rendered before the first write: between two writes the
-processor shall run no more code than it must, since each leaves its caches cold."""
+Writes = dict[Viewer, bytes]
+"""What is to be written to whom, in one write each: a full connection takes no second one. All is
+rendered before the first write: between two writes the processor shall run no more code than it
+must, since each leaves its caches cold."""
 
 
 def push_all(writes: Writes, since: float, events: int) -> None:
     """Write to the viewers what came of so many events, heard of at the monotonic time `since`."""
     now = time.monotonic()
-    for viewer, data in writes:
+    for viewer, data in writes.items():
         viewer.push(data, now)
     if events:
         meter.burst(since, events)

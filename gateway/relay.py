@@ -206,7 +206,7 @@ class Relay:
     def _on_bell(self, messages: list[Any]) -> None:
         """Hand out what rings bring; let the hub read what they do not."""
         heard_at, taken = time.monotonic(), 0
-        writes: Writes = []
+        writes: Writes = {}
         behind: list[Channel] = []
         for message in messages:
             if type(message) is not list:  # the answer to a ping while nothing is followed
@@ -256,7 +256,7 @@ class Relay:
             if str(reply).startswith("WRONGTYPE"):
                 self._set_apart(reading)
             return  # until the next ring, or the next sweep
-        writes: Writes = []
+        writes: Writes = {}
         for name, items in reply or ():
             channel = reading[name[len(keys.EVENTS) :]]
             channel.take_entries(items, writes)

@@ -247,6 +247,27 @@ async def test_a_client_that_does_not_read_costs_nobody_and_misses_nothing(stage
     assert slow.body == fast.body == await stage.expected()
 
 
+async def test_rings_that_come_together_reach_a_full_connection_in_one_piece(stage):
+    """What several rings of a session bring at once is one write, of which nothing gets lost."""
+    await stage.begin()
+    slow, task = await stage.watch()
+    await settled(stage)
+    bell, together = stage.relay._wires["bell"], []
+    bell._on_push = together.extend
+    for text in ("one", "two", "three"):
+        await stage.say("s", text)
+    while len(together) < 3:
+        await asyncio.sleep(0.01)
+    slow.room.clear()
+    stage.relay._on_bell(together)
+    bell._on_push = stage.relay._on_bell
+    slow.room.set()
+    await slow.until(frame_end("three"))
+    await stage.finish()
+    await task
+    assert slow.body == await stage.expected()
+
+
 async def test_a_connection_that_breaks_while_it_is_written_to_disturbs_nobody(stage):
     """A write's exception ends that client's stream, and reaches neither hub nor neighbours."""
     await stage.begin()
