@@ -158,7 +158,7 @@ def channels(client):
 
 
 @pytest.mark.parametrize(
-    "number", ["3", "99999", "-1", "x", "1.5", "", "9" * 30, "1&starting_after=1"]
+    "number", ["2", "3", "99999", "-1", "x", "1.5", "", "9" * 30, "1&starting_after=1"]
 )
 async def test_a_place_that_is_none_is_refused(client, worker, number):
     """A number beyond the last event, a negative one, or none at all is a 400."""
@@ -247,7 +247,9 @@ async def test_a_chat_is_no_response(client, worker):
     serving = asyncio.create_task(answer(worker))
     await client.post("/v1/chat/completions", json=body)
     await serving
-    error_of(await client.get(f"{URL}/resp_chat"), 404, "response_id")
+    for method, more in (("GET", ""), ("GET", "?stream=1"), ("POST", "/cancel"), ("DELETE", "")):
+        got = await client.request(method, f"{URL}/resp_chat{more}")
+        error_of(got, 404, "response_id")
     error_of(await client.get(f"{URL}/%00"), 404, "response_id")
 
 
