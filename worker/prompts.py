@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import pickle
 from collections.abc import Coroutine, Sequence
@@ -16,6 +17,7 @@ from worker import media
 from worker.child import ChildDied, ChildError, ChildPool, ChildTimeout, PoolFull, StartFailed
 from worker.decoder import Image, Job, Limits, Video
 from worker.engine.messages import Prompt
+from worker.engine_client import LOAD_DELAYS
 from worker.media_guard import AllowedHosts
 
 log = logging.getLogger("unbroken.prompts")
@@ -43,9 +45,12 @@ class PromptBuilder:
 
     Args:
         settings: the model, and limits on media.
+        load_delays: seconds to wait before a new try, after 1, 2, … loads that failed.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(
+        self, settings: WorkerSettings, load_delays: Sequence[float] = LOAD_DELAYS
+    ) -> None:
         self._settings = settings
         AllowedHosts(settings.media_allowed_hosts)  # a wrong one ends the start, not a fetch
         limits = Limits(
@@ -54,14 +59,34 @@ class PromptBuilder:
             settings.max_media_aspect,
             settings.media_memory_bytes,
         )
-        self._decoder = ChildPool(
+        self._limits, self._load_delays = limits, load_delays
+        self._decoder, self._processor = self._pools()
+        self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self._loading: asyncio.Task[None] | None = None
+        self._ready = False
+        self._failed: str | None = None
+        self._settled = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether prompts can be built."""
+        return self._ready
+
+    @property
+    def failed(self) -> str | None:
+        """Why loading failed, in one sentence; None while it has not."""
+        return self._failed
+
+    def _pools(self) -> tuple[ChildPool, ChildPool]:
+        settings = self._settings
+        decoder = ChildPool(
             "worker.decoder:create",
-            (limits,),
+            (self._limits,),
             size=settings.media_processes,
             timeout=settings.media_timeout_seconds,
             start_timeout=60,
         )
-        self._processor = ChildPool(
+        processor = ChildPool(
             "worker.engine.processor:create",
             (
                 {
@@ -75,33 +100,20 @@ class PromptBuilder:
             size=settings.media_processes,
             timeout=PROCESSOR_SECONDS,
         )
-        self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
-        self._loading: asyncio.Task[None] | None = None
-        self._ready = False
-        self._failed: str | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether prompts can be built."""
-        return self._ready
-
-    @property
-    def failed(self) -> str | None:
-        """Why loading failed, in one sentence; None while it has not."""
-        return self._failed
+        return decoder, processor
 
     async def start(self) -> None:
         """Begin to load; returns at once, `ready` or `failed` will tell. To be called once."""
         self._loading = asyncio.get_running_loop().create_task(self._load())
 
     async def wait_ready(self) -> None:
-        """Wait until loading has ended.
+        """Wait until the first load has ended.
 
         Raises:
             UnbrokenError: `model_not_ready`, if it failed or was never begun.
         """
         if self._loading is not None:
-            await asyncio.wait({self._loading})
+            await self._settled.wait()
         if not self._ready:
             raise UnbrokenError("model_not_ready", self._failed or "The model is not loaded.")
 
@@ -134,14 +146,24 @@ class PromptBuilder:
         await asyncio.gather(self._decoder.close(), self._processor.close())
 
     async def _load(self) -> None:
-        try:
-            await asyncio.gather(self._decoder.start(), self._processor.start())
-        except (StartFailed, ChildDied, OSError) as error:
+        """Start the children; again, after a while, where the model cannot be loaded."""
+        for attempt in itertools.count():
+            starts = (self._decoder.start(), self._processor.start())
+            results = await asyncio.gather(*starts, return_exceptions=True)
+            error = next((r for r in results if r is not None), None)
+            if error is None:
+                break
+            if not isinstance(error, (StartFailed, ChildDied, OSError)):
+                raise error
             self._failed = str(error)
             log.warning("prompts cannot be prepared: %s", error)
-        else:
-            self._ready = True
-            log.info("the processor is loaded")
+            self._settled.set()
+            await asyncio.sleep(self._load_delays[min(attempt, len(self._load_delays) - 1)])
+            await asyncio.gather(self._decoder.close(), self._processor.close())
+            self._decoder, self._processor = self._pools()
+        self._ready, self._failed = True, None
+        self._settled.set()
+        log.info("the processor is loaded")
 
     async def _fetch(self, item: _Item) -> bytes | list[bytes]:
         async with self._fetches:

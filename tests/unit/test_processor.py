@@ -1,5 +1,7 @@
 """Prompts equal those of the model's processor; clients' text never becomes control tokens."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -331,14 +333,20 @@ async def test_media_are_bounded_together(builder):
     assert caught.value.param == "messages[0].content[4]"
 
 
-async def test_a_model_that_is_not_there_is_told():
-    """A wrong model leaves the builder alive, with the reason."""
-    builder = PromptBuilder(settings("/nowhere/at/all"))
+async def test_a_model_that_is_not_there_is_told_and_tried_again(demo_model, tmp_path):
+    """A wrong model leaves the builder alive, with the reason, until it can be loaded."""
+    folder = tmp_path / "late"
+    builder = PromptBuilder(settings(folder), load_delays=(0.1,))
     await builder.start()
     with pytest.raises(UnbrokenError, match="cannot be loaded") as caught:
         await builder.build(request(user("Hi")))
     assert caught.value.code == "model_not_ready"
     assert (builder.ready, bool(builder.failed)) == (False, True)
+    folder.symlink_to(demo_model)
+    while not builder.ready:
+        await asyncio.sleep(0.02)
+    assert builder.failed is None
+    await builder.build(request(user("Hi")))
     await builder.close()
 
 
