@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Collection, Hashable, Iterator, Sequence
+    from collections.abc import Awaitable, Collection, Hashable, Sequence
 
     from gateway.connection import Connection
     from gateway.sse import Rendering
@@ -23,14 +22,14 @@ further behind reads the log by itself."""
 LARGE = 4096
 """Bytes from which an event is not kept: all that followers may miss, they read from the log."""
 
-VANISHED_SWEEPS = 3
-"""Sweeps in a row that find no record of a followed session before its followers are told."""
-
 HUB_EVENTS = 64
 """Events of a session that the hub reads at once."""
 
 XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
 """The head of the hub's command, put together by hand: it is sent once a second for all."""
+
+VANISHED_SWEEPS = 3
+"""Sweeps in a row that find no record of a followed session before its followers are told."""
 
 Item = tuple[bytes, list[bytes]]
 """A stream's entry as Redis sends it: its id, and its fields."""
@@ -223,15 +222,11 @@ class Channel:
         """Return the crowd of the viewers that get these frames; it may render with another's."""
         return self._crowds.setdefault(frames.identity, Crowd(frames))
 
-    @contextlib.contextmanager
-    def visited(self, viewer: Viewer) -> Iterator[None]:
-        """Forget the viewer's crowd at the end, if nobody else is in it."""
-        try:
-            yield
-        finally:
-            crowd = self._crowds.get(viewer.frames.identity)
-            if crowd is not None and not crowd.viewers:
-                del self._crowds[viewer.frames.identity]
+    def left_by(self, viewer: Viewer) -> None:
+        """Forget the viewer's crowd, if nobody else is in it."""
+        crowd = self._crowds.get(viewer.frames.identity)
+        if crowd is not None and not crowd.viewers:
+            del self._crowds[viewer.frames.identity]
 
     def since(self, after: int) -> list[bytes] | None:
         """Return the known events above index `after`, or None where only the log has them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +10,7 @@ from shared.errors import UnbrokenError
 from shared.tasks import stop
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import Awaitable
 
     from gateway.connection import Connection
 
@@ -26,6 +25,35 @@ STALLED_SECONDS = 2.0
 """How long a broken-off client may take to read what is already written to it."""
 
 RETRY_SECONDS = 1
+
+
+class Streaming:
+    """Notes a stream while its block runs; a class, since thousands of them are held at a time.
+
+    Args:
+        streams: where to note it.
+        connection: where it goes.
+        is_late: its request was under way when the others were broken off.
+    """
+
+    __slots__ = ("_connection", "_is_late", "_streams")
+
+    def __init__(
+        self,
+        streams: dict[Connection, asyncio.Task[None] | None],
+        connection: Connection,
+        *,
+        is_late: bool,
+    ) -> None:
+        self._streams, self._connection, self._is_late = streams, connection, is_late
+
+    def __enter__(self) -> None:
+        task = self._streams[self._connection] = asyncio.current_task()
+        if self._is_late:
+            asyncio.get_running_loop().call_soon(_close, self._connection, task)
+
+    def __exit__(self, *_exc: object) -> None:
+        del self._streams[self._connection]
 
 
 class Drain:
@@ -52,16 +80,9 @@ class Drain:
         loop.call_later(LEAVE_SECONDS + STALLED_SECONDS, self._abort)
         loop.call_later(self._seconds, self._late.set)
 
-    @contextlib.contextmanager
-    def streaming(self, connection: Connection) -> Iterator[None]:
+    def streaming(self, connection: Connection) -> Streaming:
         """Note that the current task streams to a connection, while the block runs."""
-        task = self._streams[connection] = asyncio.current_task()
-        if self._leaving:  # its request was under way when the others were broken off
-            asyncio.get_running_loop().call_soon(_close, connection, task)
-        try:
-            yield
-        finally:
-            del self._streams[connection]
+        return Streaming(self._streams, connection, is_late=self._leaving)
 
     async def in_time(self, work: Awaitable[T]) -> T:
         """Await `work`, but not longer than this process lives.

@@ -9,7 +9,6 @@ reads all followed sessions once a second.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,6 @@ CARE_SESSIONS = 64
 """Sessions looked after in one go, so that events need not wait until all have been."""
 
 BELL_PREFIX = len(keys.EVENT_BELL)
-
 PING = pack("PING")
 
 
@@ -99,7 +97,8 @@ class Relay:
         Raises:
             UnbrokenError: `events_expired`, where events behind the viewer are no longer kept.
         """
-        with self._joined(session_id) as channel, channel.visited(viewer):
+        channel = self._join(session_id)
+        try:
             while not viewer.ended:
                 events = await self._next(channel, viewer.index, viewer.seen)
                 if events:
@@ -109,6 +108,9 @@ class Relay:
                 else:
                     self._ring(channel)
                     await viewer.wait_silently(OUTAGE_SECONDS)
+        finally:
+            channel.left_by(viewer)
+            self._leave(channel)
 
     async def follow(
         self, session_id: str, after: int, idle_seconds: float
@@ -121,7 +123,8 @@ class Relay:
         Raises:
             UnbrokenError: `events_expired`, where events after `after` are no longer kept.
         """
-        with self._joined(session_id) as channel:
+        channel = self._join(session_id)
+        try:
             while True:
                 events = await self._next(channel, after, after)
                 if events:
@@ -132,22 +135,24 @@ class Relay:
                     yield []
                 elif not await channel.changed(idle_seconds):
                     yield []
+        finally:
+            self._leave(channel)
 
-    @contextlib.contextmanager
-    def _joined(self, session_id: str) -> Iterator[Channel]:
+    def _join(self, session_id: str) -> Channel:
+        """Follow a session until `_leave`: no context manager, which each stream would hold."""
         name = session_id.encode()
         channel = self._channels.get(name)
         if channel is None:
             channel = self._channels[name] = Channel(session_id)
             self._tell_bell("SUBSCRIBE", channel)
         channel.followers += 1
-        try:
-            yield channel
-        finally:
-            channel.followers -= 1
-            if channel.followers == 0 and self._channels.get(name) is channel:
-                del self._channels[name]
-                self._tell_bell("UNSUBSCRIBE", channel)
+        return channel
+
+    def _leave(self, channel: Channel) -> None:
+        channel.followers -= 1
+        if channel.followers == 0 and self._channels.get(channel.name) is channel:
+            del self._channels[channel.name]
+            self._tell_bell("UNSUBSCRIBE", channel)
 
     async def _next(self, channel: Channel, after: int, exists: int) -> list[bytes] | None:
         """Return events above `after`, from memory or else from the log; empty at the log's end.

@@ -244,6 +244,7 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response (ASGI)."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self.raw_headers = []  # sent, and of no use to a stream that may stay for an hour
         # As `while_connected` does, with a task less for each of thousands of streams.
         work = _Work()
         gone = asyncio.ensure_future(_until_disconnect(receive))
