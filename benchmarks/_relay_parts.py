@@ -25,6 +25,7 @@ START_SECONDS = 30
 
 NGINX_CONF = """daemon off;
 pid {folder}/nginx.pid;
+worker_rlimit_nofile 16384;
 error_log stderr warn;
 worker_processes 1;
 events {{ worker_connections 8192; }}
@@ -168,7 +169,7 @@ def gateway(redis_url: str) -> Iterator[tuple[Program, int]]:
     env = {"REDIS_URL": redis_url, "PORT": str(port), "HOST": "127.0.0.1", "API_KEYS": ""}
     env |= {"MAX_QUEUE": "100000", "LOG_LEVEL": "ERROR", "STRICT_MODEL": "0"}
     env |= {"SESSIONS_TTL_SECONDS": "3600", "KEEPALIVE_SECONDS": "15"}
-    with python("gateway.main", env=env) as running:
+    with python("benchmarks._relay_gateway", env=env) as running:
         wait_for_port(port)
         yield running, port
 
@@ -191,7 +192,8 @@ def wait_until_ready(port: int) -> None:
 @contextlib.contextmanager
 def nginx(folder: Path, gateway_port: int) -> Iterator[tuple[Program, int] | None]:
     """Run nginx before a gateway, where there is an nginx; yields it and its port, or None."""
-    path, port = shutil.which("nginx"), run.free_port()
+    places = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
+    path, port = shutil.which("nginx", path=places), run.free_port()
     if path is None:
         yield None
         return
