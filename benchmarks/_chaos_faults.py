@@ -33,7 +33,7 @@ KINDS = {
     "gateway SIGKILL": 2,
     "gateway SIGTERM": 2,
     "gateway SIGSTOP": 1,
-    "redis SIGKILL": 2,
+    "redis SIGKILL": 1,
     "redis SIGSTOP": 1,
     "client cut": 3,
 }

@@ -22,7 +22,9 @@ from shared.session_log import FENCED, Append, SessionLog
 from shared.store import Store, connect
 from tests.conftest import TEST_ENV
 
-pytestmark = pytest.mark.timeout(400)  # a stack, whose workers are started again and again
+pytestmark = pytest.mark.timeout(
+    600
+)  # stacks' workers start again: a minute each on a busy machine
 CASES, TOKENS, KILLS = 8, 120, 100
 
 

@@ -340,6 +340,16 @@ async def test_without_a_ready_worker_posts_are_503_with_the_reason(client, stor
         await asyncio.sleep(0.05)
 
 
+async def test_readiness_names_the_workers_that_are_not_ready(client, store, worker):
+    """While one worker serves, `/ready` is 200 and says what each of the others does."""
+    assert (await client.get("/ready")).json()["not_ready"] == []
+    other = ScriptedWorker(store, "other")
+    await other.announce("loading", "the engine is restarted")
+    while not (body := (await client.get("/ready")).json())["not_ready"]:
+        await asyncio.sleep(0.05)
+    assert (body["workers"], body["not_ready"]) == (1, ["loading: the engine is restarted"])
+
+
 async def test_a_full_queue_is_429_with_retry_after(start, worker):
     """Beyond the queue bound a request is refused at once."""
     client = await start(max_queue=1)
