@@ -2,8 +2,10 @@ import asyncio
 import contextlib
 import socket
 
+import hypothesis
 import pytest
 import uvicorn
+from hypothesis import strategies as st
 
 from gateway import connection as connections
 from gateway import sse
@@ -26,6 +28,28 @@ def test_cursors_are_parsed(value, cursor):
     """A cursor is a session and an index; no cursor is none."""
     found = sse.parse_cursor(value)
     assert (found and (found.session_id, found.index)) == cursor
+
+
+@hypothesis.given(
+    st.one_of(
+        st.text(max_size=200),
+        st.text(alphabet="azAZ09._~-: \n\r\té٣", max_size=150),
+        st.builds("{}:{}".format, st.text(max_size=20), st.integers()),
+    )
+)
+def test_any_cursor_is_read_exactly_or_refused(value):
+    """Whatever comes as a cursor is the very place that it names, or an invalid value."""
+    try:
+        found = sse.parse_cursor(value)
+    except UnbrokenError:
+        return
+    if found is None:
+        assert value == ""
+        return
+    session_id, _, index = value.rpartition(":")
+    assert (found.session_id, found.index) == (session_id, int(index))
+    assert value.isascii()
+    assert not set(value) & set(" \r\n\t")
 
 
 @pytest.mark.parametrize("value", ["s", ":1", "s:", "s:-1", "s: 1", "a:b:1", "s:1e3", "é:1"])
