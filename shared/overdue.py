@@ -6,6 +6,10 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from redis.exceptions import ResponseError
+
+from shared.errors import UnbrokenError
+from shared.metrics import FAILURES
 from shared.presence import Contact
 
 if TYPE_CHECKING:
@@ -40,5 +44,12 @@ class Overdue:
         found = await self._queue.overdue(self._timeout)
         if self._contact.heard():
             for session_id in found:
-                if await self._queue.give_up(session_id, self._timeout):
-                    log.warning("no worker took a session", extra={"session": session_id})
+                await self._give_up(session_id)
+
+    async def _give_up(self, session_id: str) -> None:
+        try:
+            if await self._queue.give_up(session_id, self._timeout):
+                FAILURES.labels("queue_timeout").inc()
+                log.warning("no worker took a session", extra={"session": session_id})
+        except (ResponseError, UnbrokenError) as error:  # one that is broken hides no others
+            log.warning("cannot end", extra={"session": session_id, "why": str(error)[:80]})

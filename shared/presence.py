@@ -14,6 +14,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from shared import keys
+from shared.errors import UnbrokenError
 from shared.protocol import ResponseParams
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Presence:
         async with self._redis.pipeline(transaction=False) as pipe:
             for session_id in alone:
                 pipe.hget(keys.session(session_id), "response")
-            responses = await pipe.execute()
+            responses = await pipe.execute(raise_on_error=False)
         return [s for s, raw in zip(alone, responses, strict=True) if not _is_background(raw)]
 
     async def may_sweep(self) -> bool:
@@ -150,11 +151,14 @@ class Presence:
         return self._contact.heard() and bool(ours)
 
 
-def _is_background(response: bytes | None) -> bool:
+def _is_background(response: object) -> bool:
     """Tell whether a record's field `response` is that of a session in the background."""
-    if not response:
+    if not response or not isinstance(response, bytes):
         return False
-    return msgspec.json.decode(response, type=ResponseParams).background
+    try:
+        return msgspec.json.decode(response, type=ResponseParams).background
+    except msgspec.MsgspecError:
+        return False
 
 
 class Sweeper:
@@ -179,5 +183,5 @@ class Sweeper:
             try:
                 if await self._queue.abandon(session_id):
                     log.info("cancel", extra={"session": session_id, "reason": "abandoned"})
-            except ResponseError as error:  # a record of the wrong shape must not hide the others
+            except (ResponseError, UnbrokenError) as error:  # one that is broken hides no others
                 log.warning("cannot cancel", extra={"session": session_id, "why": str(error)[:80]})

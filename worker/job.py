@@ -13,7 +13,7 @@ from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, Usage
 from shared.queue import RENEW_SECONDS
 from worker.engine.messages import Add
-from worker.meter import RunMeter
+from worker.meter import RunMeter, attributes, failed
 from worker.publisher import Ending
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class SessionJob:
             if not await writer.finish(ending):
                 raise LeaseLost
             meter.ended(ending)
-            log.info("stream stop", extra={"session": sid, "status": ending.status})
+            extra = {"session": sid, "status": ending.status, **attributes(ending)}
+            log.info("stream stop", extra=extra)
         finally:
             meter.close()
             self._drop_handles()
@@ -155,7 +156,8 @@ class SessionJob:
         if record is not None:
             writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
             event = Failed(error.code, error.message, error.param)
-            await writer.finish(Ending(event, "failed"))
+            if await writer.finish(Ending(event, "failed")):
+                failed(error.code)
 
     async def _generate(self, raw: bytes | None, record: SessionRecord) -> Ending:
         try:

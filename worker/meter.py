@@ -52,6 +52,22 @@ def step(done: Step, engine: Ready | None) -> None:
 _cache_usage = lru_cache(1)(metrics.KV_CACHE_USAGE.labels)  # labels() takes longer than set()
 
 
+def failed(code: str) -> None:
+    """Note that a session was ended as failed without running."""
+    metrics.FAILURES.labels(code).inc()
+
+
+def attributes(ending: Ending) -> dict[str, object]:
+    """Return what a log line says of a session's end, by OpenTelemetry's names."""
+    reasons = ending.event.reasons if isinstance(ending.event, Finished) else ()
+    return {
+        "gen_ai.usage.input_tokens": ending.usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": ending.usage.completion_tokens,
+        "gen_ai.response.finish_reasons": list(reasons),
+        **({"error.type": ending.event.code} if isinstance(ending.event, Failed) else {}),
+    }
+
+
 def engine_restarted() -> None:
     """Note that another engine process is started."""
     metrics.ENGINE_RESTARTS.inc()

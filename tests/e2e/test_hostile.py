@@ -260,6 +260,8 @@ def test_each_lifecycle_stage_is_a_json_line_with_its_ids(client, guarded):
 
     wait_until(lambda: {line["message"] for line in lines()} >= set(LIFECYCLE), "all stages")
     assert {line.get("request_id") for line in lines()} == {request}
+    [stop] = [line for line in lines() if line["message"] == "stream stop"]
+    assert stop["gen_ai.usage.output_tokens"] == answer.json()["usage"]["completion_tokens"]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", line["time"]) for line in lines())
 
 

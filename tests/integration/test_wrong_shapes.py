@@ -7,11 +7,12 @@ import pytest
 from shared import keys
 from shared.errors import UnbrokenError
 from shared.fleet import Fleet
+from shared.overdue import Overdue
 from shared.presence import Presence
 from shared.session_log import Append, SessionLog
 from tests.scripted import ScriptedWorker
 from tests.served import serving
-from tests.shapes import BROKEN, submit_broken
+from tests.shapes import BROKEN, field, submit_broken
 
 HELLO = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
@@ -101,6 +102,22 @@ async def test_a_broken_record_costs_the_others_no_lease(store, worker):
     await worker.queue.claim(worker.id, 8)  # its lease ran out
     assert await store.redis.zrange(keys.LEASES, 0, -1) == [b"a"]
     assert not await store.redis.exists(keys.session("b"))
+
+
+async def test_a_broken_session_hides_no_unwatched_and_no_overdue_one(store, worker, monkeypatch):
+    """The sweeps over the queue reach the sound session behind the broken one."""
+    await submit_broken(store, "bad", "org/tiny", BROKEN["record is a list"])
+    await submit_broken(store, "odd", "org/tiny", field("response", "nonsense"))
+    await submit_broken(store, "good", "org/tiny", nothing)
+    for sid in ("bad", "odd", "good"):
+        await store.redis.delete(keys.watch(sid))
+    presence = Presence(store, watch_ms=60_000)
+    assert await presence.unwatched(["bad", "odd", "good"]) == ["bad", "odd", "good"]
+    overdue = Overdue(worker.queue, 0.001)
+    monkeypatch.setattr(overdue._contact, "heard", lambda: True)
+    await asyncio.sleep(0.01)  # what is overdue must have waited
+    await overdue.sweep()
+    assert (await worker.log.record("good")).status == "failed"
 
 
 async def test_nonsense_of_one_worker_hides_no_other(store, worker):
