@@ -80,7 +80,7 @@ class Compose:
             found = [self.health(c) for c in self.containers(service)]
             return found == ["running healthy"] * count
 
-        wait_until(healthy, f"{count} healthy {service}s", 90)
+        wait_until(healthy, f"{count} healthy {service}s", 240)
 
     def logs(self) -> str:
         """Return the ends of all logs."""
@@ -114,7 +114,7 @@ class Load:
         if self._rounds is None or self.wrong:
             self._end.set()
         for thread in self._threads:
-            thread.join(120)
+            thread.join(240)
         assert not any(thread.is_alive() for thread in self._threads), "a stream never ended"
         assert not self.wrong, self.wrong[:3]
 
@@ -126,7 +126,7 @@ class Load:
             assert not self.wrong, self.wrong[:3]
             return all(count >= least for count, least in zip(self.chunks, goal, strict=True))
 
-        wait_until(flowing, "all streams flow", 60)
+        wait_until(flowing, "all streams flow", 150)
 
     def _run(self, number: int) -> None:
         done = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
+from collections.abc import Iterator
 
 from tests.compose.kit import Compose, Load, docker
 from tests.stack import ROOT, wait_until
@@ -24,12 +27,23 @@ def roll(compose: Compose, service: str) -> str:
 
 def scale(compose: Compose, service: str, count: int) -> None:
     argv = ["up", "--detach", "--wait", "--no-build", "--no-recreate", "--no-deps"]
-    counts = {"gateway": 2, "worker": 2, service: count}
-    compose(*argv, *(f"--scale={name}={n}" for name, n in counts.items()), service)
+    compose(*argv, f"--scale={service}={count}", service, seconds=240)
+
+
+@contextlib.contextmanager
+def autoscaled(compose: Compose, *argv: str) -> Iterator[None]:
+    """Run `deploy/autoscale` until the end of the block."""
+    program = [ROOT / "deploy" / "autoscale", f"--url={compose.url}", "--interval=1", *argv]
+    process = subprocess.Popen([*program, "--", *compose.options], cwd=ROOT, env=compose.env)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
 
 
 def served_by(compose: Compose) -> dict[str, int]:
-    """Return the health checks of the gateways that Redis knows: one entry per live gateway."""
+    """Return, for each gateway, how many ready workers it knows of."""
     found = {}
     for container in compose.containers("gateway"):
         said = docker("exec", container, "python", "-m", "gateway.healthcheck", "--ready")
@@ -42,13 +56,15 @@ def test_scaling_up_and_down_under_load(compose: Compose, expected) -> None:
     with Load(compose.url, expected, threads=6) as load:
         load.wait_flowing()
         scale(compose, "gateway", 3)
-        scale(compose, "worker", 3)
+        with autoscaled(compose, "--min=3"):
+            compose.wait_healthy("worker", 3)
         wait_until(
             lambda: set(served_by(compose).values()) == {3}, "three gateways see three workers"
         )
         wait_until(lambda: len(connections(compose)) == 3, "the proxy uses the third gateway")
         load.wait_flowing()
-        scale(compose, "worker", 1)
+        with autoscaled(compose, "--min=1", "--patience=0"):
+            compose.wait_healthy("worker", 1)
         scale(compose, "gateway", 1)
         load.wait_flowing()
         scale(compose, "worker", 2)
