@@ -269,7 +269,7 @@ def bench(args: argparse.Namespace) -> int:
     name, *rest = args.rest or [""]
     if name not in names:
         raise Problem(f"usage: run.py bench NAME, with NAME out of: {', '.join(names)}")
-    python = sys.executable if args.no_install else install(RUNTIME)
+    python = sys.executable if args.no_install else install(DEVELOPMENT)
     return run_step(f"benchmark {name}", [python, "-m", f"benchmarks.{name}", *rest])
 
 
