@@ -76,7 +76,7 @@ class Local:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         left, gaps, count, running = iter(prompts), [], 0, 0
         last: dict[int, float] = {}
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for prompt in itertools.islice(left, streams):
             self._add(prompt, sampling)
             running += 1
@@ -96,8 +96,8 @@ class Local:
                         running += 1
                 elif output.error:
                     raise RuntimeError(output.error[1])
-        seconds = time.perf_counter() - began
-        return {"rate": count / seconds, **quantiles(gaps)}
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return {"rate": count / seconds, "cpu_rate": count / cpu, **quantiles(gaps)}
 
     def _add(self, prompt: Prompt, sampling: SamplingParams) -> None:
         self._handles += 1
@@ -106,7 +106,7 @@ class Local:
     @torch.inference_mode()
     def run_generate(self, prompts: list[Prompt], streams: int, tokens: int) -> dict[str, Any]:
         """Run the prompts through `generate()` in static batches of `streams`, padded left."""
-        count, began = 0, time.perf_counter()
+        count, began, cpu = 0, time.perf_counter(), time.process_time()
         for at in range(0, len(prompts), streams):
             inputs = padded(prompts[at : at + streams])
             width = inputs["input_ids"].shape[1]
@@ -114,7 +114,8 @@ class Local:
                 **inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=0
             )
             count += answer[:, width:].numel()
-        return {"rate": count / (time.perf_counter() - began)}
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        return {"rate": count / seconds, "cpu_rate": count / cpu}
 
 
 def padded(prompts: list[Prompt]) -> dict[str, torch.Tensor]:

@@ -75,6 +75,9 @@ class WorkerSettings(SharedSettings):
     max_steps_per_second: float = Field(default=0, ge=0)
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)
+    cache_bytes: int = Field(default=0, ge=0)
+    prefix_cache_bytes: int = Field(default=512 * 2**20, ge=0)
+    prefill_chunk_tokens: int = Field(default=512, ge=16)
     exact: Literal["auto", "0", "1"] = "auto"
     max_attempts: int = Field(default=3, ge=1)
     step_timeout_seconds: float = Field(default=120, gt=0)

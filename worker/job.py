@@ -304,6 +304,8 @@ class SessionJob:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=sum(tokens for tokens, _ in counts),
             reasoning_tokens=sum(thoughts for _, thoughts in counts),
+            # The other choices share the first one's prefill.
+            cached_tokens=self._last[0].cached_tokens if 0 in self._last else 0,
         )
 
     def _drop_handles(self) -> None:

@@ -24,7 +24,7 @@ from shared.store import FAILED, Store, connect
 from shared.tasks import stop
 from worker import healthcheck, meter
 from worker.consumer import LeasedWorker
-from worker.engine.messages import EngineConfig
+from worker.engine.messages import EngineConfig, Limits
 from worker.engine_client import EngineClient
 from worker.job import Parts
 from worker.prompts import PromptBuilder
@@ -226,6 +226,9 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         max_batch_size=settings.max_batch_size,
         context_length=settings.context_length,
         threads=settings.engine_threads,
+        limits=Limits(
+            settings.cache_bytes or None, settings.prefix_cache_bytes, settings.prefill_chunk_tokens
+        ),
         exact={"auto": None, "0": False, "1": True}[settings.exact],
         log_level=settings.log_level,
         pace_seconds=1 / settings.max_steps_per_second if settings.max_steps_per_second else 0.0,

@@ -7,6 +7,16 @@ import pytest
 import torch
 
 from shared.protocol import SamplingParams
+from tests.engine_kit import (
+    CONTEXT,
+    GREEDY,
+    Driver,
+    alone,
+    config,
+    image_prompt,
+    oracle,
+    text_prompt,
+)
 from worker.demo_model import ensure_demo_model
 from worker.engine.torchvision_shim import prepare_torchvision
 
@@ -15,24 +25,17 @@ prepare_torchvision()  # before anything imports transformers
 
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadError, load
-from worker.engine.messages import Abort, Add, Cancel, EngineConfig, Output, Prompt
+from worker.engine.messages import Abort, Add, Cancel, Prompt
 from worker.engine.model_runner import ModelRunner, UnsupportedModelError
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Chunk, Sequence
 
 pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be busy
-CONTEXT = 400
-GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return ensure_demo_model(tmp_path_factory.mktemp("models") / "demo")
-
-
-def config(folder, **changes) -> EngineConfig:
-    base = EngineConfig(str(folder), None, "auto", "float64", False, 8, CONTEXT, 1)
-    return dataclasses.replace(base, **changes)
 
 
 @pytest.fixture(scope="session")
@@ -45,80 +48,9 @@ def engine(loaded):
     return Engine(loaded, 8)
 
 
-def text_prompt(length: int, seed: int = 0) -> Prompt:
-    ids = np.random.default_rng((seed, length)).integers(10, 600, length)
-    return Prompt(ids.tolist())
-
-
-def image_prompt(loaded, seed: int = 0, side: int = 6) -> Prompt:
-    """A picture of `side` by `side` patches between two pieces of text."""
-    draw = np.random.default_rng(seed)
-    settings = loaded.model.config
-    places = [settings.image_token_id] * (side * side // 4)
-    before, after = draw.integers(10, 600, 7).tolist(), draw.integers(10, 600, 5).tolist()
-    ids = [*before, settings.vision_start_token_id, *places, settings.vision_end_token_id, *after]
-    kinds = [[int(i == settings.image_token_id) for i in ids]]
-    tensors = {
-        "pixel_values": draw.standard_normal((side * side, 3 * 2 * 16 * 16)).astype(np.float32),
-        "image_grid_thw": np.array([[1, side, side]]),
-        "mm_token_type_ids": np.array(kinds, dtype=np.int32),
-    }
-    return Prompt(ids, tensors)
-
-
-def oracle(loaded, prompt: Prompt, max_tokens: int = GREEDY.max_tokens) -> list[int]:
-    """What `generate()` of the model's authors answers, greedily."""
-    ids = torch.tensor([prompt.input_ids])
-    tensors = {name: torch.from_numpy(array) for name, array in prompt.tensors.items()}
-    answer = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **tensors,
-        do_sample=False,
-        max_new_tokens=max_tokens,
-    )
-    return answer[0, ids.shape[1] :].tolist()
-
-
-class Driver:
-    """Steps an engine and gathers what each sequence said."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.said = engine, dict[int, list[Output]]()
-
-    def add(self, handle, prompt, sampling=GREEDY, generated=()):
-        """Send a sequence."""
-        self.engine.handle(Add(handle, prompt, sampling, tuple(generated)))
-
-    def step(self):
-        """Take one step."""
-        for output in self.engine.step():
-            self.said.setdefault(output.handle, []).append(output)
-
-    def drain(self):
-        """Step until nothing is left to do."""
-        while not self.engine.idle:
-            self.step()
-        return self
-
-    def ids(self, handle) -> list[int]:
-        """All token ids a sequence has said."""
-        return [i for o in self.said.get(handle, ()) for piece in o.pieces for i in piece.ids]
-
-    def last(self, handle) -> Output:
-        """A sequence's newest output."""
-        return self.said[handle][-1]
-
-
 @pytest.fixture
 def driver(engine):
     return Driver(engine)
-
-
-def alone(loaded, prompt, sampling=GREEDY) -> list[int]:
-    driver = Driver(Engine(loaded, 1))
-    driver.add(1, prompt, sampling)
-    return driver.drain().ids(1)
 
 
 def test_sequences_that_join_and_leave_give_the_tokens_of_generate(loaded, driver):
@@ -142,14 +74,13 @@ def test_sequences_that_join_and_leave_give_the_tokens_of_generate(loaded, drive
 
 
 def test_every_running_sequence_gets_one_token_per_step(driver):
-    """A step admits one waiting sequence and gives each running one exactly one token."""
+    """A step gives each running sequence exactly one token, whoever joins in it."""
+    counts = []
     for handle in range(3):
         driver.add(handle, text_prompt(5, handle), SamplingParams(temperature=0, ignore_eos=True))
-    counts = []
-    for _ in range(4):
         driver.step()
         counts.append([len(s.output_ids) for s in driver.engine.scheduler.running])
-    assert counts == [[1], [2, 1], [3, 2, 1], [4, 3, 2]]
+    assert counts == [[1], [2, 1], [3, 2, 1]]
 
 
 def test_a_seeded_draw_does_not_depend_on_the_batch(loaded, driver):
@@ -203,12 +134,14 @@ def test_continued_positions_equal_undisturbed_ones(loaded):
         for n in range(2)
     )
     whole.slot, seamed.slot = 0, 1
-    runner.prefill(whole)
+    runner.reserve([whole, seamed])
+    runner.prefill([Chunk(whole, whole.total)])
     for token in (5, 6, 7):
         whole.output_ids.append(token)
-        runner.reserve([whole])
+        runner.reserve([whole, seamed])
         expected = runner.decode([whole])[0]
-    continued = runner.prefill(seamed)
+    runner.prefill([Chunk(seamed, len(prompt.input_ids))])
+    continued = runner.prefill([Chunk(seamed, 3)])[0]
     assert whole.rope_delta == seamed.rope_delta != 0
     assert whole.length == seamed.length == len(prompt.input_ids) + 3
     torch.testing.assert_close(continued, expected, rtol=1e-9, atol=1e-9)
@@ -377,8 +310,10 @@ def test_the_scheduler_admits_in_order_and_keeps_rows_dense():
     for sequence in made:
         scheduler.add(sequence)
     assert [scheduler.admit() for _ in range(4)] == [*made[:3], None]
-    assert scheduler.remove(made[4]) is None
-    assert scheduler.remove(made[0]) is made[2]
+    for _ in range(3):
+        scheduler.join()
+    assert scheduler.remove(made[4]) == []
+    assert scheduler.remove(made[0]) == [(2, made[2])]
     assert [(s.handle, s.slot) for s in scheduler.running] == [(2, 0), (1, 1)]
     assert scheduler.admit() is made[3]
     assert made[3].slot == 2
@@ -569,17 +504,17 @@ def test_a_prefill_without_memory_waits_until_another_has_left(loaded, driver, m
     """A prompt that finds no room beside the others is prefilled when one of them has ended."""
     prefill, tries = driver.engine.runner.prefill, []
 
-    def narrow(sequence):
-        tries.append(sequence.handle)
-        if len(driver.engine.scheduler.running) > 1:
+    def narrow(chunks):
+        tries.append([chunk.sequence.handle for chunk in chunks])
+        if len(driver.engine.scheduler.live) > 1:
             raise torch.OutOfMemoryError
-        return prefill(sequence)
+        return prefill(chunks)
 
     monkeypatch.setattr(driver.engine.runner, "prefill", narrow)
     driver.add(1, text_prompt(6))
     driver.add(2, text_prompt(7))
     driver.drain()
-    assert tries == [1, 2, 2]
+    assert tries == [[1, 2], [1], [1], [2]]
     assert driver.ids(2) == oracle(loaded, text_prompt(7))
 
 

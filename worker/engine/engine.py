@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shared.errors import UnbrokenError
 from shared.protocol import CancelReason, FinishReason
+from worker.engine.budget import bound
 from worker.engine.detokenizer import Detokenizer
 from worker.engine.loader import LoadedModel, LoadError
-from worker.engine.messages import Abort, Add, Cancel, Command, Output, Piece
+from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
 from worker.engine.model_runner import ModelRunner, UnsupportedModelError, lacks_memory
+from worker.engine.prefill import Fresh, Prefill
+from worker.engine.prefix_cache import PrefixCache
 from worker.engine.sampler import BAD_ROW, Sampler
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
@@ -33,10 +37,6 @@ STEP_FAILED = "The next token could not be drawn: the model's numbers are not fi
 TEXT_FAILED = "The next token could not be turned into text."
 
 
-Fresh = tuple[Sequence, Tensor]
-"""A sequence admitted in this step, and the logits `[1, V]` of its next token."""
-
-
 class Engine:
     """The running batch of one model.
 
@@ -45,6 +45,7 @@ class Engine:
         max_batch_size: most sequences that run at once.
         on_busy: is told the handles of the sequences that alone can be to blame for what comes
             next, and then none.
+        limits: on memory, and on the prefill of a step.
 
     Raises:
         LoadError: the model cannot be batched.
@@ -55,6 +56,7 @@ class Engine:
         loaded: LoadedModel,
         max_batch_size: int,
         on_busy: Callable[[tuple[int, ...]], None] = lambda _: None,
+        limits: Limits = LIMITS,
     ) -> None:
         self.loaded, self._on_busy = loaded, on_busy
         try:
@@ -66,7 +68,10 @@ class Engine:
             log.exception("the model cannot be batched")
             raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
         self.sampler = Sampler(self.runner.vocab_size, self.runner.device)
-        self.scheduler = Scheduler(max_batch_size)
+        self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
+        self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
+        self.prefixes = PrefixCache(self.runner.cache, limits.prefix_bytes)
+        self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
         self._batch = 0
@@ -91,7 +96,7 @@ class Engine:
                 self._remove(sequence)
 
     def step(self) -> tuple[Output, ...]:
-        """Prefill at most one waiting sequence and decode the others; return what there is to say.
+        """Prefill a chunk of the new prompts and decode the others; return what there is to say.
 
         Each running sequence gets one token; only one that is on trial, while one is.
 
@@ -99,11 +104,12 @@ class Engine:
             torch.AcceleratorError: the device is lost, and the engine with it.
         """
         trial = next((s for s in self.scheduler.running if s.trial), None)
-        fresh = None if trial else self._admit()
+        fresh = [] if trial else self._prefill()
         rows, logits = self._decode(self._rows(trial, fresh))
-        if fresh and fresh[0].slot >= 0:
-            rows = [*rows, fresh[0]]
-            logits = fresh[1] if logits is None else torch.cat([logits, fresh[1]])
+        if fresh:
+            rows = [*rows, *(one.sequence for one in fresh)]
+            parts = [one.logits for one in fresh]
+            logits = torch.cat(parts if logits is None else [logits, *parts])
         if trial:
             trial.trial = trial.replays
             self._on_busy(())
@@ -124,8 +130,9 @@ class Engine:
 
     def load(self) -> tuple[int, float]:
         """Return how many sequences the last step ran, and the share of the cache in use."""
-        used = sum(sequence.length for sequence in self.scheduler.running)
-        return self._batch, used / (self.scheduler.max_batch_size * self.loaded.context_length)
+        used = sum(sequence.length for sequence in self.scheduler.live)
+        most = self.scheduler.max_batch_size * self.loaded.context_length
+        return self._batch, used / min(most, self.runner.cache.max_tokens or most)
 
     def _add(self, add: Add) -> None:
         context = self.loaded.context_length
@@ -179,39 +186,30 @@ class Engine:
         if sequence is None:
             return  # it has ended, and said so
         self.cancelled[cancel.handle] = cancel.reason
-        if sequence.slot < 0:
+        if sequence not in self.scheduler.running:
             self._finish(sequence, ())
             self._remove(sequence)
 
-    def _admit(self) -> Fresh | None:
-        """Prefill the next waiting sequence, if there is room."""
-        sequence = self.scheduler.admit()
-        if sequence is None:
-            return None
-        self._on_busy((sequence.handle,))
-        try:
-            return sequence, self.runner.prefill(sequence)[None]
-        except torch.AcceleratorError:
-            raise  # the device is lost, not the sequence
-        except Exception as error:
-            if lacks_memory(error):
-                self._make_room([sequence])
-            else:
-                log.exception("prefill failed")
-                self._fail(sequence, FAILED, PREFILL_FAILED)
-                self._remove(sequence)
-        finally:
-            self._on_busy(())
-        return None
+    def _prefill(self) -> list[Fresh]:
+        """Compute this step's share of the new prompts; return the sequences that can run now."""
+        fresh, failure = self.prefill.step(self._on_busy)
+        if failure and lacks_memory(failure.error):
+            self._make_room(self.scheduler.prefilling)
+        elif failure:
+            log.error("prefill failed", exc_info=failure.error)
+            self._fail(failure.sequence, FAILED, PREFILL_FAILED)
+            self._remove(failure.sequence)
+        return fresh
 
-    def _rows(self, trial: Sequence | None, fresh: Fresh | None) -> list[Sequence]:
-        """Choose whom to decode: the one on trial alone, else all but the fresh one."""
+    def _rows(self, trial: Sequence | None, fresh: list[Fresh]) -> list[Sequence]:
+        """Choose whom to decode: the one on trial alone, else all but the fresh ones."""
         if trial:
             self._on_busy((trial.handle,))
             return [trial]
-        if fresh is None:
-            return list(self.scheduler.running)
-        return [] if fresh[0].trial else self.scheduler.running[:-1]
+        if any(one.sequence.trial for one in fresh):
+            return []
+        running = self.scheduler.running
+        return running[: len(running) - len(fresh)]
 
     def _decode(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
         """Compute the rows' next logits; return the rows that have some, and `[B, V]`.
@@ -222,7 +220,7 @@ class Engine:
         if not rows:
             return [], None
         try:
-            self.runner.reserve(rows)
+            self.runner.reserve(self.scheduler.live)
             return rows, self.runner.decode(rows)
         except torch.AcceleratorError:
             raise
@@ -253,7 +251,7 @@ class Engine:
     def _make_room(self, rows: Rows[Sequence]) -> None:
         """Have the newest of the rows wait until others have left; fail one that runs alone."""
         newest = max(rows, key=lambda s: s.handle)
-        if len(self.scheduler.running) == 1:
+        if len(self.scheduler.live) == 1:
             self._fail(newest, FAILED, NO_MEMORY)
             self._remove(newest)
         else:
@@ -301,6 +299,8 @@ class Engine:
     def _finish(self, sequence: Sequence, pieces: tuple[Piece, ...]) -> None:
         """Say a sequence's last words: these pieces, and what its detokenizer held back."""
         reason, cancelled = finish_reason(sequence, self.cancelled)
+        if sequence in self.scheduler.running:
+            self.prefixes.keep(sequence)
         self._say(sequence, (*pieces, *sequence.detokenizer.finish()), reason, cancelled)
 
     def _say(
@@ -318,6 +318,7 @@ class Engine:
                 cancelled,
                 completion_tokens=len(sequence.output_ids),
                 reasoning_tokens=sequence.detokenizer.reasoning_tokens,
+                cached_tokens=sequence.cached,
             )
         )
 
@@ -332,10 +333,12 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out of queue or batch, and close the gap its row leaves."""
+        if sequence in self.scheduler.prefilling:
+            self.runner.scrub(sequence.slot)  # nobody has looked at its numbers yet
         self._close_gap(self.scheduler.remove(sequence))
         self.cancelled.pop(sequence.handle, None)
 
-    def _close_gap(self, moved: Sequence | None) -> None:
-        """Bring the sequence that was the last row's into the row that is its own now."""
-        if moved is not None:
-            self.runner.move(len(self.scheduler.running), moved)
+    def _close_gap(self, moves: list[tuple[int, Sequence]]) -> None:
+        """Bring the sequences that got another row there."""
+        for source, sequence in moves:
+            self.runner.move(source, sequence)

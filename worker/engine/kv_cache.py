@@ -6,11 +6,15 @@ batch in one forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+Segment = tuple[int, int, int]
+"""A piece of prefill: the row, the position of its first token there, how many tokens."""
 
 FIRST_CAPACITY = 256  # tokens per row of a new cache; doubled as needed
 
@@ -18,8 +22,8 @@ FIRST_CAPACITY = 256  # tokens per row of a new cache; doubled as needed
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one model layer, each `[rows, kv heads, capacity, head dim]`.
 
-    `rows` and `capacity` are the allocated sizes. They grow by doubling, and what is new is zeroed:
-    a masked position still takes part in `0 * value`, which is NaN for a NaN value.
+    `rows` and `capacity` are the allocated sizes. They change with what runs, and what is new is
+    zeroed: a masked position still takes part in `0 * value`, which is NaN for a NaN value.
     """
 
     is_sliding = False
@@ -31,27 +35,16 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take shape, dtype and device from the first keys and values `[1, kv heads, L, dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(0, key_states.shape[1], 0, key_states.shape[3])
-        self.values = value_states.new_zeros(0, value_states.shape[1], 0, value_states.shape[3])
+        rows, capacity = self.plan.rows, self.plan.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = self.keys.new_zeros(*self.keys.shape[:3], value_states.shape[3])
         self.is_initialized = True
 
-    def store(self, row: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Fill a row from its start with a prefill's keys and values `[1, kv heads, L, dim]`."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.resize(self.plan.rows, self.plan.capacity)
-        length = key_states.shape[2]
-        self.keys[row, :, :length] = key_states[0]
-        self.values[row, :, :length] = value_states[0]
-
     def resize(self, rows: int, capacity: int) -> None:
-        """Grow to `rows` and `capacity`; what is stored stays where it is."""
-        if not self.is_initialized:
-            return
-        if self.keys.shape[0] >= rows and self.keys.shape[2] >= capacity:
-            return
-        self.keys = _grown(self.keys, rows, capacity)
-        self.values = _grown(self.values, rows, capacity)
+        """Change to `rows` and `capacity`; what is stored in both old and new stays where it is."""
+        if self.is_initialized and self.keys.shape[::2] != (rows, capacity):
+            self.keys = _resized(self.keys, rows, capacity)
+            self.values = _resized(self.values, rows, capacity)
 
     def update(
         self,
@@ -60,10 +53,15 @@ class SlotLayer(CacheLayerMixin):
         *args: Any,  # noqa: ARG002  # the interface's
         **kwargs: Any,  # noqa: ARG002  # the interface's
     ) -> tuple[Tensor, Tensor]:
-        """Write one new token per running row at the row's length; return the batch's window.
+        """Write new tokens to where the plan says; return all that they may attend to.
 
-        Takes `[B, kv heads, 1, dim]`, returns views `[B, kv heads, plan.window, dim]`.
+        A decode step takes `[B, kv heads, 1, dim]` and returns views `[B, kv heads, window, dim]`;
+        a prefill takes its segments one behind the other in one row, and returns their rows so.
         """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.plan.segments:
+            return self._prefill(key_states, value_states)
         rows, lengths = self.plan.index(self.device)
         self.keys[rows, :, lengths] = key_states[:, :, 0]
         self.values[rows, :, lengths] = value_states[:, :, 0]
@@ -71,9 +69,24 @@ class SlotLayer(CacheLayerMixin):
         end = first + key_states.shape[0]
         return self.keys[first:end, :, :window], self.values[first:end, :, :window]
 
+    def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        segments, at = self.plan.segments, 0
+        for row, start, count in segments:
+            end = start + count
+            self.keys[row, :, start:end] = key_states[0, :, at : at + count]
+            self.values[row, :, start:end] = value_states[0, :, at : at + count]
+            at += count
+        if not any(start for _, start, _ in segments):
+            return key_states, value_states
+        keys = [self.keys[row, :, : start + count] for row, start, count in segments]
+        values = [self.values[row, :, : start + count] for row, start, count in segments]
+        if len(segments) == 1:
+            return keys[0][None], values[0][None]
+        return torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None]
+
     def get_seq_length(self) -> int:
         """Tokens in the longest running row before this step."""
-        return self.plan.window - 1
+        return self.plan.past
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Length and offset of the keys a mask covers."""
@@ -94,14 +107,22 @@ class SlotPlan:
 
     def __init__(self, max_rows: int, max_capacity: int) -> None:
         self.max_rows, self.max_capacity = max_rows, max_capacity
-        self.rows, self.capacity, self.window, self.first = 0, 0, 1, 0
+        self.rows, self.capacity, self.window, self.past, self.first = 0, 0, 1, 0, 0
+        self.segments: Sequence[Segment] = ()
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, lengths: Tensor, longest: int, first: int = 0) -> None:
         """Announce a decode step: row `first + i`'s new token goes to position `lengths[i]`."""
         rows = torch.arange(first, first + lengths.shape[0], device=lengths.device)
         self._index = {lengths.device: (rows, lengths)}
-        self.window, self.first = longest + 1, first
+        self.window, self.past, self.first = longest + 1, longest, first
+        self.segments = ()
+
+    def begin_prefill(self, segments: Sequence[Segment]) -> None:
+        """Announce a prefill: pieces of several rows, one behind the other in one row of input."""
+        self.segments = segments
+        self.window = sum(start + count for _, start, count in segments)
+        self.past = self.window - sum(count for _, _, count in segments)
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return rows and positions of the step's writes, on a layer's device."""
@@ -119,38 +140,82 @@ class SlotCache(Cache):
         layers: number of the model's layers.
         max_rows: most rows (the largest batch).
         max_capacity: most tokens of a row (the context length).
+
+    Attributes:
+        max_tokens: most tokens that all rows may have room for together; None for no bound.
     """
 
     def __init__(self, layers: int, max_rows: int, max_capacity: int) -> None:
         self.plan = SlotPlan(max_rows, max_capacity)
+        self.max_tokens: int | None = None
         super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes over all layers; known after the first forward."""
+        return sum(
+            int(stored.shape[1] * stored.shape[3]) * stored.element_size()
+            for layer in self.layers
+            for stored in (layer.keys, layer.values)
+        )
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether `rows` rows of `tokens` tokens are within the bounds."""
+        plan = self.plan
+        within = rows <= plan.max_rows and tokens <= plan.max_capacity
+        return within and (self.max_tokens is None or rows * tokens <= self.max_tokens)
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for `rows` rows of `tokens` tokens, by doubling up to the bounds.
+
+        Rows beyond, and tokens beyond, may be given up for it.
 
         Raises:
             ValueError: more than the bounds allow.
             RuntimeError: the memory for it is not there (`torch.OutOfMemoryError` on a GPU).
         """
         plan = self.plan
-        if rows > plan.max_rows or tokens > plan.max_capacity:
-            raise ValueError(f"{rows} rows of {tokens} tokens do not fit the cache's bounds")
         if rows <= plan.rows and tokens <= plan.capacity:
             return
-        new_rows = _doubled(plan.rows or 1, rows, plan.max_rows)
-        new_capacity = _doubled(plan.capacity or FIRST_CAPACITY, tokens, plan.max_capacity)
+        if not self.fits(rows, tokens):
+            raise ValueError(f"{rows} rows of {tokens} tokens do not fit the cache's bounds")
+        new_rows, new_capacity = self._shape(rows, tokens)
         for layer in self.layers:
             layer.resize(new_rows, new_capacity)
-        # Last: had a layer found no memory, the layers before it are merely larger than planned.
+        # Last: had a layer found no memory, the next call sizes all of them again.
         plan.rows, plan.capacity = new_rows, new_capacity
 
-    def store(self, row: int, prefilled: Cache) -> None:
-        """Copy a prefill's keys and values into a row that `reserve` has made room for."""
-        for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            layer.store(row, source.keys, source.values)
+    def release(self) -> None:
+        """Give all memory back, with what is stored."""
+        self.plan.rows, self.plan.capacity = 0, 0
+        for layer in self.layers:
+            layer.resize(0, 0)
+
+    def _shape(self, rows: int, tokens: int) -> tuple[int, int]:
+        """Choose the sizes to allocate: the roomiest of a few that the bounds allow."""
+        plan = self.plan
+        more_rows = _doubled(plan.rows or 1, rows, plan.max_rows)
+        more_tokens = _doubled(plan.capacity or FIRST_CAPACITY, tokens, plan.max_capacity)
+        wide = _doubled(1, rows, plan.max_rows)
+        long = _doubled(min(FIRST_CAPACITY, tokens), tokens, plan.max_capacity)
+        shapes = ((more_rows, more_tokens), (wide, more_tokens), (wide, long), (rows, long))
+        return next((shape for shape in shapes if self.fits(*shape)), (rows, tokens))
+
+    def copy_out(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Copy the first `length` tokens of a row, `[kv heads, length, dim]` twice per layer."""
+        return [
+            (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+            for layer in self.layers
+        ]
+
+    def copy_in(self, row: int, stored: list[tuple[Tensor, Tensor]], length: int) -> None:
+        """Fill the start of a row with the first `length` tokens of what `copy_out` returned."""
+        for layer, (keys, values) in zip(self.layers, stored, strict=True):
+            layer.keys[row, :, :length] = keys[:, :length]
+            layer.values[row, :, :length] = values[:, :length]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one row to another: the last row fills a hole."""
+        """Copy the first `length` tokens of one row to another."""
         for layer in self.layers:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
@@ -168,9 +233,8 @@ def _doubled(size: int, needed: int, bound: int) -> int:
     return min(size, bound)
 
 
-def _grown(old: Tensor, rows: int, capacity: int) -> Tensor:
-    new = old.new_zeros(
-        max(rows, old.shape[0]), old.shape[1], max(capacity, old.shape[2]), old.shape[3]
-    )
-    new[: old.shape[0], :, : old.shape[2]] = old
+def _resized(old: Tensor, rows: int, capacity: int) -> Tensor:
+    new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+    both, length = min(rows, old.shape[0]), min(capacity, old.shape[2])
+    new[:both, :, :length] = old[:both, :, :length]
     return new

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
 from huggingface_hub import errors as hub
@@ -33,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from worker.engine.memory import available_memory
 from worker.engine.messages import EngineConfig
 
 log = logging.getLogger("unbroken.engine.loader")
@@ -44,7 +44,6 @@ HALF = (torch.bfloat16, torch.float16)
 CODE_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 OTHER_FORMATS = ("consolidated*", "original/*", "onnx/*", "*.gguf")
 MEMORY_HEADROOM = 1.1  # buffers, the largest tensor twice while it is converted
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class LoadError(Exception):
@@ -203,10 +202,7 @@ def _check_memory(
     """Refuse a model that does not fit: the kernel would kill the process without a word."""
     stored = sum(path.stat().st_size for path in _weight_files(folder))
     needed = stored * dtype.itemsize / _stored_dtype(model_config).itemsize * MEMORY_HEADROOM
-    available: float = psutil.virtual_memory().available
-    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
-        available = min(available, int(limit))
-    if needed > available:
+    if needed > (available := available_memory()):
         raise LoadError(
             f"Not enough memory for '{name}': it needs {needed / 2**30:.1f} GiB as "
             f"{_dtype_name(dtype)}, and {available / 2**30:.1f} GiB are available."

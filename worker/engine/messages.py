@@ -14,6 +14,22 @@ from shared.protocol import CancelReason, Channel, FinishReason, SamplingParams
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Bounds of an engine.
+
+    `cache_bytes` is for the rows of what runs (None: from free memory), `prefix_bytes` for copies
+    of rows of what ended (0: none, and nothing is shared), `chunk_tokens` for prefill in a step.
+    """
+
+    cache_bytes: int | None = None
+    prefix_bytes: int = 0
+    chunk_tokens: int = 512
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How to load the model and how large a batch may grow."""
 
@@ -28,6 +44,7 @@ class EngineConfig:
     exact: bool | None = None  # None: on a CPU only
     log_level: str = "INFO"
     pace_seconds: float = 0.0  # a step takes no less, where people shall watch
+    limits: Limits = LIMITS
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,14 @@ class Prompt:
     `input_ids` is the whole prompt, placeholders expanded; `tensors` holds the processor's other
     outputs by name (`pixel_values`, `image_grid_thw`, `mm_token_type_ids`, …), each as the model's
     `forward` takes it for a batch of one. `thinking` is true where the prompt leaves a thought
-    open, so that the output begins inside the reasoning.
+    open, so that the output begins inside the reasoning. `media` identifies the content of all its
+    media; where it is empty, they are not known.
     """
 
     input_ids: list[int]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     thinking: bool = False
+    media: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,7 @@ class Output:
     cancelled: CancelReason | None = None
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    cached_tokens: int = 0
     error: tuple[str, str] | None = None
 
 

@@ -1,6 +1,6 @@
-"""Runs the model: prefill of one sequence, and one decode step for all the running ones.
+"""Runs the model: prefill, whole or in chunks, and one decode step for all the running sequences.
 
-Prefill goes through the model's own `forward` with a fresh cache, decode over the slot cache.
+All of it goes through the model's own `forward`, over the slot cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from shared.protocol import SamplingParams
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import TOKEN_KINDS, Chunk, Sequence
 
 PROBE_IDS = (3, 7, 11, 5, 9, 4, 8)
 # Largest relative difference between a batched decode and the model's own forward. Half precision
@@ -54,7 +54,7 @@ class ModelRunner:
         replay: bool = False,
     ) -> None:
         layers = _plain_layers(model)
-        self.model, self._replay = model, replay
+        self.model, self.replay = model, replay
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.dtype
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
@@ -63,48 +63,89 @@ class ModelRunner:
         self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence) -> Tensor:
-        """Compute prompt and generated tokens, and put their keys and values in the row `slot`.
+    def prefill(self, chunks: Rows[Chunk]) -> Tensor:
+        """Compute the next tokens of sequences, into their rows; return the last logits `[n, V]`.
 
-        Sets `length` and `rope_delta`. Returns the logits `[V]` (float32 or float64) of the token
-        that comes next; of a sequence that `replays`, of its first. Whatever the model raises for
-        bad tensors passes through; the other rows are untouched then.
+        Each chunk goes on at its sequence's `length`, which grows by the chunk's size. Several
+        chunks lie one behind the other in one row of input, each attending to its own sequence
+        alone; one with media comes alone, and sets `rope_delta`. `reserve` has been called.
+        Whatever the model raises for bad tensors passes through; other rows are untouched then.
         """
-        total = sequence.total
-        self.cache.reserve(sequence.slot + 1, total)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._prompt(sequence, cache)
-        if sequence.output_ids and not self._replay:
-            logits = self._continue(sequence, cache)
-        self.cache.store(sequence.slot, cache)
-        sequence.length = len(sequence.prompt_ids) if self._replay else total
+        segments = [(c.sequence.slot, c.sequence.length, c.count) for c in chunks]
+        self.cache.plan.begin_prefill(segments)
+        first = chunks[0].sequence
+        if first.length < first.head:
+            logits = self._media(first, chunks[0].count)
+        else:
+            logits = self._text(chunks)
+        for chunk in chunks:
+            chunk.sequence.length += chunk.count
         return logits
 
-    def _prompt(self, sequence: Sequence, cache: DynamicCache) -> Tensor:
-        """Run the prompt as the model's authors do; read what it adds to positions after media."""
+    def _media(self, sequence: Sequence, count: int) -> Tensor:
+        """Run a prompt's beginning as the model's authors do; read what it adds to positions.
+
+        Never with generated tokens: a generated placeholder id is no picture.
+        """
         base = self.model.base_model
         # Qwen-VL models keep the last prompt's offset on the module: one must not leak to the next.
         if hasattr(base, "rope_deltas"):
             base.rope_deltas = None
-        ids = torch.tensor([sequence.prompt_ids], device=self.device)
+        ids = torch.tensor([sequence.prompt_ids[:count]], device=self.device)
         tensors = {name: self._tensor(array) for name, array in sequence.prompt.tensors.items()}
+        for name in TOKEN_KINDS & tensors.keys():
+            tensors[name] = tensors[name][:, :count]
         tensors["attention_mask"] = torch.ones_like(ids)
-        logits = self._forward(input_ids=ids, past_key_values=cache, **tensors)
+        logits = self._forward(input_ids=ids, past_key_values=self.cache, **tensors)
         delta = getattr(base, "rope_deltas", None)
         sequence.rope_delta = 0 if delta is None else int(delta.reshape(-1)[0])
-        return logits[0]
+        return logits
 
-    def _continue(self, sequence: Sequence, cache: DynamicCache) -> Tensor:
-        """Run the tokens that a continued sequence already has, after its prompt.
+    def _text(self, chunks: Rows[Chunk]) -> Tensor:
+        """Run pieces of text whose places are known, each behind what its row holds already."""
+        ids, positions, last = list[int](), list[int](), list[int]()
+        for chunk in chunks:
+            sequence, start = chunk.sequence, chunk.sequence.length
+            ids += sequence.tokens(start, start + chunk.count)
+            at = start + sequence.rope_delta
+            positions += range(at, at + chunk.count)
+            last.append(len(ids) - 1)
+        kept = (
+            {"logits_to_keep": torch.tensor(last, device=self.device)} if self._last_logit else {}
+        )
+        logits: Tensor = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            attention_mask=self._block_mask(),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **kept,
+        ).logits[0]
+        return _widened(logits if kept else logits[last])
 
-        Apart from the prompt, since a generated placeholder id is no picture: the model would count
-        it against the prompt's media.
+    def _block_mask(self) -> Tensor:
+        """Mask for a prefill: a token attends to its own row up to itself.
+
+        Additive, `[1, 1, tokens, window]`; for the beginning of one row the plain `[1, tokens]` of
+        ones, which costs less.
         """
-        ids = torch.tensor([sequence.output_ids], device=self.device)
-        start = len(sequence.prompt_ids) + sequence.rope_delta
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)
-        logits = self._forward(input_ids=ids, position_ids=positions[None], past_key_values=cache)
-        return logits[0]
+        (_, first, size), *others = self.cache.plan.segments
+        if not first and not others:
+            return torch.ones(1, size, dtype=torch.int64, device=self.device)
+        blocks = []
+        for _, start, count in self.cache.plan.segments:
+            block = torch.full((count, start + count), float("-inf"), dtype=self.dtype)
+            blocks.append(block.triu_(start + 1))
+        if len(blocks) == 1:
+            return blocks[0][None, None].to(self.device)
+        rows = sum(block.shape[0] for block in blocks)
+        mask = torch.full((rows, self.cache.plan.window), float("-inf"), dtype=self.dtype)
+        row, column = 0, 0
+        for block in blocks:
+            mask[row : row + block.shape[0], column : column + block.shape[1]] = block
+            row, column = row + block.shape[0], column + block.shape[1]
+        return mask[None, None].to(self.device)
 
     @torch.inference_mode()
     def decode(self, sequences: Rows[Sequence]) -> Tensor:
@@ -113,7 +154,7 @@ class ModelRunner:
         Their slots follow one another, and `reserve` has been called. Each one's `length` grows by
         one.
         """
-        if self._replay and len(sequences) > 1:
+        if self.replay and len(sequences) > 1:
             return torch.cat([self.decode([sequence]) for sequence in sequences])
         lengths = [sequence.length for sequence in sequences]
         longest = max(lengths)
@@ -134,13 +175,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def reserve(self, sequences: Rows[Sequence]) -> None:
-        """Make room for one more token of each sequence.
+        """Make room for all sequences that have a row: their next token, or all of their prefill.
 
         Raises:
             RuntimeError: the memory is not there; nothing has changed.
         """
         rows = max(sequence.slot for sequence in sequences) + 1
-        self.cache.reserve(rows, max(sequence.length for sequence in sequences) + 1)
+        self.cache.reserve(rows, max(max(s.length + 1, s.target) for s in sequences))
 
     @torch.inference_mode()
     def move(self, source: int, sequence: Sequence) -> None:
@@ -156,7 +197,7 @@ class ModelRunner:
         logits: Tensor = self.model(
             **inputs, use_cache=True, return_dict=True, **self._last_logit
         ).logits[:, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return _widened(logits)
 
     def _mask(self, lengths: Tensor, window: int) -> Tensor:
         """Additive mask `[B, 1, 1, window]`: a row attends to its own tokens and the new one."""
@@ -193,7 +234,9 @@ class ModelRunner:
         probes = probes[: self.cache.plan.max_rows]
         for slot, probe in enumerate(probes):
             probe.slot = slot
-            self.prefill(probe)
+        self.reserve(probes)
+        self.prefill([Chunk(probe, 2) for probe in probes])
+        self.prefill([Chunk(probes[0], 3)])
         for token in PROBE_IDS[5:]:
             for probe in probes:
                 probe.output_ids.append(token)
@@ -209,6 +252,10 @@ class ModelRunner:
             ]
         )
         return float(((decoded - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _plain_layers(model: PreTrainedModel) -> int:

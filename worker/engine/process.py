@@ -72,7 +72,12 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
     try:
         loaded = load(config, progress)
         progress("checking the model", None)
-        engine = Engine(loaded, config.max_batch_size, lambda handles: channel.send(Busy(handles)))
+        engine = Engine(
+            loaded,
+            config.max_batch_size,
+            lambda handles: channel.send(Busy(handles)),
+            config.limits,
+        )
     except LoadError as error:
         channel.send(LoadFailed(str(error)))
         return None

@@ -5,6 +5,7 @@ Runs in a child process of its own (`create`), because tokenizing and resizing h
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import secrets
@@ -86,7 +87,7 @@ class PromptProcessor:
         text = self._render([self._shield_message(message) for message in messages])
         outputs = self._process(text, images, videos)
         ids, tensors = self._shield.restore(outputs)
-        return Prompt(ids, tensors, self._thinking(ids))
+        return Prompt(ids, tensors, self._thinking(ids), _digest(tensors) if media else "")
 
     def _check_length(self, messages: Sequence[Message]) -> None:
         parts = (p.text for m in messages for p in m.parts if isinstance(p, TextPart))
@@ -245,6 +246,15 @@ class _ControlTokens:
             if array.shape == (1, len(ids)):  # one value for each token
                 tensors[name] = np.repeat(array, lengths, axis=1)
         return [new for old in ids for new in self._plain.get(old, (old,))], tensors
+
+
+def _digest(tensors: dict[str, Array]) -> str:
+    """Identify media by what the model is to see of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype} {array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+    return digest.hexdigest()
 
 
 def _encode_as_text(tokenizer: Any, text: str) -> list[int]:

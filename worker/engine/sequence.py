@@ -5,10 +5,16 @@ Scheduler, model runner, sampler, stopping criteria and the engine's loop read a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shared.protocol import SamplingParams
 from worker.engine.messages import Prompt
+
+TOKEN_KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})
+"""The processor's outputs `[1, L]` that are not 0 where a prompt has placeholders of media."""
 
 if TYPE_CHECKING:
     from transformers import StoppingCriteriaList
@@ -36,15 +42,21 @@ class Sequence:
             but the last of `output_ids`, or fewer while known tokens are fed once more.
         rope_delta: what the model adds to `length` to get the next token's position (0 for models
             and prompts without media).
+        head: tokens at the prompt's beginning that one forward takes together, up to the last
+            placeholder of media; 0 for text.
+        target: tokens that prefill computes; `length` grows up to it in one or more chunks.
+        cached: tokens of the prompt that were copied from another sequence, not computed.
         stopping: its own stopping criteria; set by the engine before it is scheduled.
         detokenizer: turns its tokens to text; set by the engine before it is scheduled.
     """
 
     __slots__ = (
+        "cached",
         "context_length",
         "detokenizer",
         "eos_ids",
         "handle",
+        "head",
         "length",
         "output_ids",
         "prompt",
@@ -54,6 +66,7 @@ class Sequence:
         "seed",
         "slot",
         "stopping",
+        "target",
         "trial",
     )
 
@@ -82,6 +95,9 @@ class Sequence:
         self.slot = -1
         self.length = 0
         self.rope_delta = 0
+        self.head = media_head(prompt)
+        self.target = self.total
+        self.cached = 0
         self.trial = trial
 
     @property
@@ -95,6 +111,18 @@ class Sequence:
         return self.length < self.total
 
     @property
+    def reach(self) -> int:
+        """Most tokens it may come to have."""
+        return min(len(self.prompt_ids) + self.sampling.max_tokens, self.context_length)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Return the tokens from one place to another, of prompt and output together."""
+        size = len(self.prompt_ids)
+        if start >= size:
+            return self.output_ids[start - size : end - size]
+        return self.prompt_ids[start:end] + self.output_ids[: max(end - size, 0)]
+
+    @property
     def last_token(self) -> int:
         """The newest token."""
         return self.output_ids[-1]
@@ -103,3 +131,25 @@ class Sequence:
     def next_input(self) -> int:
         """The token that the next decode step feeds to the model; the newest, unless it replays."""
         return self.output_ids[self.length - len(self.prompt_ids)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next `count` tokens of a sequence's prefill."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the sequence can be decoded after it."""
+        return self.sequence.length + self.count >= self.sequence.target
+
+
+def media_head(prompt: Prompt) -> int:
+    """Return how many tokens at a prompt's beginning go through one forward, with its tensors."""
+    if not prompt.tensors.keys() - TOKEN_KINDS:
+        return 0
+    kinds = [prompt.tensors[name] for name in TOKEN_KINDS & prompt.tensors.keys()]
+    places = np.flatnonzero(kinds[0]) if kinds else np.array([])
+    return int(places[-1]) + 1 if len(places) else len(prompt.input_ids)

@@ -1,0 +1,136 @@
+"""Which part of which prompts a step computes, and what it need not compute at all.
+
+A step has a budget of tokens, so that running streams wait no longer than one chunk takes. Only a
+prompt's media, which a model takes in one piece, may be more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.engine.model_runner import ModelRunner
+from worker.engine.prefix_cache import PrefixCache
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Chunk, Sequence
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A sequence whose prefill is done, with the logits `[1, V]` of its next token."""
+
+    sequence: Sequence
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sequence that could not be prefilled, and why. It still has its row."""
+
+    sequence: Sequence
+    error: Exception
+
+
+class Prefill:
+    """Plans and runs the prefill of a step.
+
+    Args:
+        runner: makes room for their keys and values.
+        scheduler: gives rows to waiting sequences.
+        prefixes: fills the beginning of a new sequence's row, where it can.
+        chunk_tokens: most tokens of a step.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, prefixes: PrefixCache, chunk_tokens: int
+    ) -> None:
+        self._runner = runner
+        self._scheduler, self._prefixes = scheduler, prefixes
+        self._chunk_tokens = chunk_tokens
+        self._alone = runner.replay  # rounding must not depend on who else is there
+
+    def step(
+        self, on_busy: Callable[[tuple[int, ...]], None]
+    ) -> tuple[list[Fresh], Failure | None]:
+        """Compute a step's chunks; return the sequences that run now, and the one that failed.
+
+        Args:
+            on_busy: is told whose the forward under way is, and then nobody.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        fresh: list[Fresh] = []
+        try:
+            planned = self.plan()
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the engine judges it
+            return fresh, Failure(self._scheduler.prefilling[-1], error)
+        groups = deque([planned] if planned else [])
+        while groups:
+            chunks = groups.popleft()
+            on_busy(tuple(chunk.sequence.handle for chunk in chunks))
+            try:
+                fresh += self._compute(chunks)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the engine judges it
+                if len(chunks) == 1:  # those behind it are tried again in the next step
+                    return fresh, Failure(chunks[0].sequence, error)
+                groups.extend([chunk] for chunk in chunks)  # find out for whom it fails
+            finally:
+                on_busy(())
+        return fresh, None
+
+    def _compute(self, chunks: list[Chunk]) -> list[Fresh]:
+        completing = [i for i, chunk in enumerate(chunks) if chunk.completes]
+        logits = self._runner.prefill(chunks)
+        return [Fresh(self._scheduler.join(), logits[i : i + 1]) for i in completing]
+
+    def plan(self) -> list[Chunk]:
+        """Return the chunks that this step computes in one forward, in order of arrival.
+
+        All but the last complete their sequences. One with media is alone, and so is
+        one on trial; where rounding matters, all are.
+        """
+        chunks: list[Chunk] = []
+        left = self._chunk_tokens
+        for sequence in self._candidates(chunks):  # which sees each chunk before the next
+            alone = self._alone or sequence.trial or sequence.length < sequence.head
+            if chunks and alone:
+                break
+            chunk = Chunk(sequence, self._size(sequence, left))
+            chunks.append(chunk)
+            left -= chunk.count
+            if left <= 0 or alone or not chunk.completes:
+                break
+        return chunks
+
+    def _candidates(self, chunks: list[Chunk]) -> Iterator[Sequence]:
+        yield from list(self._scheduler.prefilling)
+        while (sequence := self._scheduler.next) is not None:
+            if any(self._prefixes.worth_waiting(sequence, chunk.sequence) for chunk in chunks):
+                return  # in the next step it has less to compute
+            if chunks and (self._alone or sequence.trial or sequence.head):
+                return
+            self._admit(sequence)
+            yield sequence
+
+    def _admit(self, sequence: Sequence) -> None:
+        size = len(sequence.prompt_ids)
+        sequence.target = size if self._runner.replay else sequence.total
+        self._scheduler.admit()
+        self._runner.reserve(self._scheduler.live)
+        if not self._runner.replay:
+            self._prefixes.fill(sequence, self._scheduler.live)
+
+    def _size(self, sequence: Sequence, left: int) -> int:
+        if sequence.length >= sequence.head:
+            return min(left, sequence.target - sequence.length)
+        whole = len(sequence.prompt_ids)
+        return whole if whole <= self._chunk_tokens else sequence.head

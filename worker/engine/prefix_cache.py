@@ -1,0 +1,150 @@
+"""Keys and values of beginnings that come again: the last turns of a conversation, one image.
+
+Taken from a sequence that has a row now (so the choices of one request share a prefill), or from
+copies of the rows of sequences that ended.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from worker.engine.kv_cache import SlotCache
+from worker.engine.sequence import Sequence
+
+LEAST = 16  # tokens; fewer are computed as fast as they are looked up
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is known of a row: its tokens, and the media that stand for placeholders among them."""
+
+    ids: Ids
+    media: str
+    head: int
+    rope_delta: int
+    layers: list[tuple[Tensor, Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of keys and values."""
+        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+
+class PrefixCache:
+    """Remembers up to `max_bytes` of ended sequences; the least recently used go first.
+
+    A beginning is used again only where the tokens are the same, and the media too: all of them, or
+    none so far. At least one token is left to compute, since its logits are what is wanted.
+
+    Args:
+        cache: the slot cache, whose rows are copied from and to.
+        max_bytes: 0 keeps nothing of ended sequences, and shares nothing.
+    """
+
+    def __init__(self, cache: SlotCache, max_bytes: int) -> None:
+        self._cache, self._max_bytes = cache, max_bytes
+        self._stored: OrderedDict[int, _Stored] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept of ended sequences."""
+        return self._bytes
+
+    @torch.inference_mode()
+    def fill(self, sequence: Sequence, live: list[Sequence]) -> None:
+        """Fill the beginning of a sequence's row from the best source; sets `length`, `cached`."""
+        if not self._max_bytes:
+            return
+        ids = _ids(sequence, sequence.target)
+        best, source = LEAST - 1, None
+        for key, stored in self._stored.items():
+            count = _usable(sequence, ids, stored.ids, stored.media, stored.head)
+            if count > best:
+                best, source = count, key
+        row = None
+        for other in live:
+            if other is not sequence:
+                count = _usable(sequence, ids, _ids(other, other.length), *_media(other))
+                if count > best:
+                    best, row = count, other
+        if row is not None:
+            self._cache.move(row.slot, sequence.slot, best)
+            self._take(sequence, best, row.rope_delta)
+        elif source is not None:
+            self._stored.move_to_end(source)
+            self._cache.copy_in(sequence.slot, self._stored[source].layers, best)
+            self._take(sequence, best, self._stored[source].rope_delta)
+
+    def _take(self, sequence: Sequence, count: int, rope_delta: int) -> None:
+        sequence.length = count
+        sequence.cached = min(count, len(sequence.prompt_ids))
+        sequence.rope_delta = rope_delta if sequence.head else 0
+
+    def worth_waiting(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether a sequence can use what the other one's prefill is about to compute."""
+        if not self._max_bytes:
+            return False
+        ids = _ids(sequence, len(sequence.prompt_ids))
+        return _usable(sequence, ids, _ids(other, other.target), *_media(other)) >= LEAST
+
+    @torch.inference_mode()
+    def keep(self, sequence: Sequence) -> None:
+        """Remember a sequence that ends now, and still has its row."""
+        size = sequence.length * self._cache.token_bytes
+        if sequence.length < LEAST or size > self._max_bytes or sequence.length < sequence.head:
+            return
+        ids, (media, head) = _ids(sequence, sequence.length), _media(sequence)
+        if sequence.head and not media:
+            return
+        for key, old in list(self._stored.items()):
+            if (
+                len(old.ids) <= len(ids)
+                and old.media == media
+                and (old.ids == ids[: len(old.ids)]).all()
+            ):
+                self._drop(key)
+            elif (
+                len(old.ids) >= len(ids)
+                and old.media == media
+                and (ids == old.ids[: len(ids)]).all()
+            ):
+                self._stored.move_to_end(key)
+                return
+        while self._bytes + size > self._max_bytes:
+            self._drop(next(iter(self._stored)))
+        layers = self._cache.copy_out(sequence.slot, sequence.length)
+        stored = _Stored(ids, media, head, sequence.rope_delta, layers)
+        self._stored[sequence.handle] = stored
+        self._bytes += stored.size
+
+    def _drop(self, key: int) -> None:
+        self._bytes -= self._stored.pop(key).size
+
+
+def _ids(sequence: Sequence, count: int) -> Ids:
+    return np.array(sequence.tokens(0, count), dtype=np.int64)
+
+
+def _media(sequence: Sequence) -> tuple[str, int]:
+    return sequence.prompt.media, sequence.head
+
+
+def _usable(sequence: Sequence, ids: Ids, other: Ids, media: str, head: int) -> int:
+    """Return how many tokens of another sequence are the beginning of this one."""
+    count = min(len(ids) - 1, len(other))
+    different = np.flatnonzero(ids[:count] != other[:count])
+    count = int(different[0]) if len(different) else count
+    if sequence.head:
+        same = bool(media) and media == sequence.prompt.media and head == sequence.head
+        return count if same and count >= head else 0
+    # Without media of its own, only what comes before the other's: behind them positions differ.
+    return count if not head else 0
