@@ -21,7 +21,7 @@ LEASES = "unbroken:leases"
 WORKERS = "unbroken:workers"
 OUTBOX = "unbroken:outbox"
 SWEEP = "unbroken:sweep"
-WORK_BELL = "unbroken:bell:work"
+WORK_BELL = "unbroken:bell:work:"
 EVENT_BELL = "unbroken:bell:events:"
 
 LIVE_TTL = 24 * 3600
@@ -49,6 +49,11 @@ def event_bell(session_id: str) -> str:
 def request(session_id: str) -> str:
     """String: the queued `GenerationRequest`."""
     return REQUEST + session_id
+
+
+def work_bell(model: str) -> str:
+    """List of at most one ring: a session of this model waits for a worker."""
+    return WORK_BELL + model
 
 
 def job(session_id: str) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 JOB_FUNCTION = "run_session"
 LEASE_MS = 2500
 RENEW_SECONDS = 0.5
+LOOKED_AT = 4096
+"""Waiting sessions that a claim looks through for those of its model."""
 
 job_serializer = msgspec.json.encode
 job_deserializer = msgspec.json.decode
@@ -78,11 +80,19 @@ class SessionQueue:
         kept_seconds: how long an ended session stays in Redis.
         watch_ms: how long a session goes on with nobody watching; 0 for ever.
         archived: sessions that end here are put into the outbox, for an archive to keep.
+        model: what a worker's claims are for; empty for any. May be set later.
     """
 
     def __init__(
-        self, store: Store, *, kept_seconds: int, watch_ms: int, archived: bool = False
+        self,
+        store: Store,
+        *,
+        kept_seconds: int,
+        watch_ms: int,
+        archived: bool = False,
+        model: str = "",
     ) -> None:
+        self.model = model
         self._store, self._kept, self._archived = store, kept_seconds, archived
         self._watch_ttl_ms = watch_ttl_ms(watch_ms)
 
@@ -94,7 +104,7 @@ class SessionQueue:
         """
         sid, choices = new.session_id, new.request.sampling.n
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
-        names += [keys.watch(sid), keys.QUEUE, keys.WORK_BELL]
+        names += [keys.watch(sid), keys.QUEUE, keys.work_bell(new.model)]
         args: list[Any] = [sid, new.owner, new.digest, new.model, new.fingerprint, choices]
         args += [max_queue, keys.LIVE_TTL, self._first_watch_ms(new), int(new.include_usage)]
         args += [encode_request(new.request), _job(sid), encode_event(Started(choices))]
@@ -108,11 +118,14 @@ class SessionQueue:
         return keys.LIVE_TTL * 1000 if lasting else self._watch_ttl_ms
 
     async def claim(self, worker_id: str, free_slots: int) -> Claim:
-        """Put sessions with an expired lease back, then lease up to `free_slots`, oldest first."""
+        """Put sessions with an expired lease back, then lease up to `free_slots` of our model."""
         waiting, expiry, *pairs = await self._store.run(
             "claim",
-            [keys.QUEUE, keys.LEASES, keys.WORK_BELL],
-            [worker_id, free_slots, LEASE_MS, keys.LIVE_TTL, keys.SESSION],
+            [keys.QUEUE, keys.LEASES],
+            [
+                *(worker_id, free_slots, LEASE_MS, keys.LIVE_TTL, keys.SESSION),
+                *(self.model, keys.WORK_BELL, LOOKED_AT),
+            ],
         )
         sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease in pairs]
         return Claim(sessions, waiting, expiry if expiry >= 0 else None)
@@ -164,8 +177,8 @@ class SessionQueue:
             claimed: the session and our lease.
             blameless: the attempt does not count against the session.
         """
-        names = [keys.session(claimed.session_id), keys.QUEUE, keys.LEASES, keys.WORK_BELL]
-        args = [claimed.session_id, claimed.lease, keys.LIVE_TTL, int(blameless)]
+        names = [keys.session(claimed.session_id), keys.QUEUE, keys.LEASES]
+        args = [claimed.session_id, claimed.lease, keys.LIVE_TTL, int(blameless), keys.WORK_BELL]
         return bool(await self._store.run("release", names, args))
 
     async def cancel(
@@ -246,7 +259,7 @@ class SessionQueue:
     async def wait_for_work(self, seconds: float) -> None:
         """Return when the work bell rings or after `seconds`. Needs a connection of its own."""
         await self._store.redis.blpop(
-            [keys.WORK_BELL],
+            [keys.work_bell(self.model)],
             timeout=seconds,  # type: ignore[arg-type]
         )  # type: ignore[misc]
 

@@ -15,7 +15,7 @@ class ScriptedWorker:
     def __init__(self, store: Store, worker_id: str = "scripted", model: str = "org/tiny") -> None:
         self.id, self.model, self.store = worker_id, model, store
         self.log = SessionLog(store)
-        self.queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000)
+        self.queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000, model=model)
         self.fleet = Fleet(store)
         self._next: dict[str, int] = {}
 

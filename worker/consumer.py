@@ -29,7 +29,7 @@ from shared.queue import (
 )
 from shared.store import FAILED, Outage, is_wrong_type
 from shared.tasks import stop
-from worker.job import EngineGone, LeaseLost, OtherModel, SessionJob
+from worker.job import EngineGone, LeaseLost, SessionJob
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -46,9 +46,6 @@ log = logging.getLogger("unbroken.consumer")
 
 IDLE_SECONDS = 1.0
 """Longest sleep of an idle worker: it looks for sessions whose worker died."""
-
-OTHERS_SECONDS = 0.1
-"""Pause before a session that is for another worker's model goes back to the queue."""
 
 PAUSE_SECONDS = 0.5
 """Pause after Redis failed."""
@@ -201,9 +198,6 @@ class LeasedWorker(Worker):
         except LeaseLost:
             metrics.LEASES_LOST.inc()
             log.info("session dropped", extra={"session": session_id})
-        except OtherModel:
-            await asyncio.sleep(OTHERS_SECONDS)  # let the right worker take it
-            await self._give_back(claimed, blameless=True)
         except EngineGone as gone:
             await self._give_back(claimed, blameless=gone.blameless)
         except asyncio.CancelledError:

@@ -19,7 +19,6 @@ from worker.publisher import Ending
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shared.fleet import Fleet
     from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
     from shared.queue import Claimed, SessionQueue
     from shared.session_log import Entry, SessionLog, SessionRecord
@@ -45,10 +44,6 @@ class EngineGone(Exception):  # noqa: N818 - see LeaseLost
     def __init__(self, *, blameless: bool = False) -> None:
         super().__init__()
         self.blameless = blameless
-
-
-class OtherModel(Exception):  # noqa: N818 - see LeaseLost
-    """Another worker serves the session's model: it goes back to the queue."""
 
 
 class SessionJob:
@@ -108,7 +103,6 @@ class SessionJob:
         Raises:
             LeaseLost: another worker has the session, or it is gone.
             EngineGone: the engine died; the session can be tried again.
-            OtherModel: the session is for another worker's model.
         """
         sid = self.claimed.session_id
         try:
@@ -121,7 +115,6 @@ class SessionJob:
         if record is None:
             raise LeaseLost
         self._may_be_abandoned = not record.runs_unwatched
-        await self._check_model(record.model)
         self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
         extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}
         log.info("stream start", extra=extra)
@@ -138,17 +131,6 @@ class SessionJob:
             meter.close()
             self._drop_handles()
             writer.close()
-
-    async def _check_model(self, model: str) -> None:
-        """Leave a session to the workers of its model; without any it fails, unless it is ours."""
-        ours = self._parts.engine.state.ready
-        if ours is None or ours.model == model:
-            return
-        if any(w.model == model and w.state == "ready" for w in await self._parts.fleet.live()):
-            raise OtherModel
-        gone = UnbrokenError("model_not_found", "No worker serves this session's model any more.")
-        await self.fail(gone)
-        raise LeaseLost
 
     async def fail(self, error: UnbrokenError) -> None:
         """End the session as failed without running it."""
@@ -326,11 +308,10 @@ class Parts:
         publisher: Publisher,
         prompts: PromptBuilder,
         engine: EngineClient,
-        fleet: Fleet,
         max_attempts: int = 3,
     ) -> None:
         self.log, self.queue, self.publisher = log, queue, publisher
-        self.prompts, self.engine, self.fleet = prompts, engine, fleet
+        self.prompts, self.engine = prompts, engine
         self.max_attempts = max_attempts
 
 

@@ -54,7 +54,10 @@ class WorkerProcess:
         watch_ms = int(settings.cancel_after_disconnect_seconds * 1000)
         self._fleet = Fleet(self._store)
         pulse = Pulse()
-        queue = SessionQueue(self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived)
+        self._queue = queue = SessionQueue(
+            self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived
+        )
+        self._bell = SessionQueue(self._bell_store, kept_seconds=kept, watch_ms=watch_ms)
         self._publisher = Publisher(
             SessionLog(self._store, archived=archived),
             kept_seconds=kept,
@@ -73,14 +76,13 @@ class WorkerProcess:
             publisher=self._publisher,
             prompts=self._prompts,
             engine=self._engine,
-            fleet=self._fleet,
             max_attempts=settings.max_attempts,
         )
         self._engine.on_step_end = self._publisher.flush
         self._consumer = LeasedWorker(
             worker_id=self.id,
             store=self._store,
-            bell=SessionQueue(self._bell_store, kept_seconds=kept, watch_ms=watch_ms),
+            bell=self._bell,
             queue=queue,
             presence=Presence(self._store, watch_ms=watch_ms),
             parts=parts,
@@ -121,6 +123,7 @@ class WorkerProcess:
         """Claim only while the engine and the prompt preparation are ready."""
         ready = state.phase == "ready" and self._prompts.ready and not self._draining
         if ready and not self._consumer.can_claim.is_set():
+            self._queue.model = self._bell.model = state.ready.model if state.ready else ""
             self._since = self._since or int(time.time())
             log.info("model ready", extra={"model": self._settings.model_repo_id})
             self._consumer.can_claim.set()

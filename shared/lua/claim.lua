@@ -1,55 +1,63 @@
 -- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
 -- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place.
--- `attempts` counts the claims since the log last grew. A record that is no hash is removed: it must
--- not hold up the others.
--- KEYS: queue, leases, work bell
--- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix
+-- `attempts` counts the claims since the log last grew. A worker gets sessions of its model only. A
+-- record that is no hash is removed: it must not hold up the others.
+-- KEYS: queue, leases
+-- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix,
+--       6 model ('': any), 7 prefix of the models' work bells, 8 most sessions to look at
 -- Returns {still waiting, ms until the next lease runs out (-1: none), {id, lease}, …}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local micros = time[1] * 1000000 + time[2]
 
+local function ring(model)
+  local bell = ARGV[7] .. model
+  if redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, '1') end
+  redis.call('EXPIRE', bell, ARGV[4])
+end
+
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 128)) do
   local key = ARGV[5] .. id
-  local record = redis.pcall('HMGET', key, 'status', 'enqueued')
+  local record = redis.pcall('HMGET', key, 'status', 'enqueued', 'model')
   if record.err then redis.call('DEL', key) end
   redis.call('ZREM', KEYS[2], id)
   if record[1] == 'running' then
     redis.call('HSET', key, 'status', 'queued', 'lease', '', 'waiting', string.format('%.3f', now))
     redis.call('ZADD', KEYS[1], tonumber(record[2]) or now, id)
+    ring(record[3] or '')
   end
 end
 
-local claimed = {}
+local claimed, ours = {}, 0
 local free = tonumber(ARGV[2])
-if free > 0 then
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, free - 1)) do
-    local key = ARGV[5] .. id
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
+  local key = ARGV[5] .. id
+  local record = redis.pcall('HMGET', key, 'status', 'model', 'epoch', 'last', 'tried_at')
+  if record.err then redis.call('DEL', key) end
+  local fits = ARGV[6] == '' or record[2] == ARGV[6]
+  if record[1] ~= 'queued' then
     redis.call('ZREM', KEYS[1], id)
-    local record = redis.pcall('HMGET', key, 'status', 'epoch')
-    if record.err then redis.call('DEL', key) end
-    if record[1] == 'queued' then
-      local epoch = math.max((tonumber(record[2]) or 0) + 1, micros)
-      local lease = ARGV[1] .. ':' .. string.format('%.0f', epoch)
-      redis.call('HSET', key, 'status', 'running', 'lease', lease,
-        'epoch', string.format('%.0f', epoch), 'started', time[1])
-      local progress = redis.call('HMGET', key, 'last', 'tried_at')
-      if progress[1] ~= progress[2] then  -- it got further since: this is no poison
-        redis.call('HSET', key, 'attempts', 0, 'tried_at', progress[1])
-      end
-      redis.pcall('HINCRBY', key, 'attempts', 1)
-      redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
-      claimed[#claimed + 1] = {id, lease}
+  elseif fits and #claimed == free then
+    ours = 1
+    break
+  elseif fits then
+    redis.call('ZREM', KEYS[1], id)
+    local epoch = math.max((tonumber(record[3]) or 0) + 1, micros)
+    local lease = ARGV[1] .. ':' .. string.format('%.0f', epoch)
+    redis.call('HSET', key, 'status', 'running', 'lease', lease,
+      'epoch', string.format('%.0f', epoch), 'started', time[1])
+    if record[4] ~= record[5] then  -- it got further since: this is no poison
+      redis.call('HSET', key, 'attempts', 0, 'tried_at', record[4])
     end
+    redis.pcall('HINCRBY', key, 'attempts', 1)
+    redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
+    claimed[#claimed + 1] = {id, lease}
   end
 end
 for _, key in ipairs({KEYS[1], KEYS[2]}) do redis.call('EXPIRE', key, ARGV[4]) end
 
 local waiting = redis.call('ZCARD', KEYS[1])
-if waiting > 0 and redis.call('LLEN', KEYS[3]) == 0 then
-  redis.call('LPUSH', KEYS[3], '1')
-  redis.call('EXPIRE', KEYS[3], ARGV[4])
-end
+if ours > 0 then ring(ARGV[6]) end
 local next_expiry = -1
 local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
 if first[2] then next_expiry = math.max(0, math.ceil(first[2] - now)) end

@@ -101,11 +101,34 @@ async def test_claim_takes_the_oldest_first_and_each_once(queue):
 
 async def test_claim_passes_the_bell_on_while_sessions_wait(queue, store):
     """A claim that leaves sessions behind rings for the next idle worker."""
+    queue.model = "m"
     for name in "ab":
         await queue.submit(submission(name), 10)
     await queue.wait_for_work(1)
     await queue.claim("w1", 1)
-    assert await store.redis.llen(keys.WORK_BELL) == 1
+    assert await store.redis.llen(keys.work_bell("m")) == 1
+
+
+async def test_a_worker_gets_sessions_of_its_model_only(queue, store):
+    """Sessions of other models stay, also when they come back, and ring for theirs."""
+    for name in ("a", "b", "c"):
+        await queue.submit(submission(name)._replace(model="mine" if name == "c" else "m"), 10)
+    queue.model = "mine"
+    claim = await queue.claim("w1", 5)
+    assert ([c.session_id for c in claim.sessions], claim.waiting) == (["c"], 2)
+    assert await store.redis.llen(keys.work_bell("mine")) == 1  # from its submission
+    assert (await queue.claim("w1", 5)).sessions == []
+    queue.model = "m"
+    await queue.wait_for_work(1)
+    [dead, other] = (await queue.claim("w2", 5)).sessions
+    await expire_lease(store, "a")
+    await queue.release(other)
+    await store.redis.delete(keys.work_bell("m"))
+    queue.model = "mine"
+    assert (await queue.claim("w1", 5)).sessions == []
+    queue.model = "m"
+    assert await store.redis.llen(keys.work_bell("m")) == 1
+    assert [c.session_id for c in (await queue.claim("w2", 5)).sessions] == [dead.session_id, "b"]
 
 
 async def test_an_expired_lease_frees_the_session_at_its_old_place(queue, store):

@@ -253,7 +253,7 @@ def _digest(tensors: dict[str, Array]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(tensors.items()):
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
