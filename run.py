@@ -276,7 +276,7 @@ def bench(args: argparse.Namespace) -> int:
 def chaos(args: argparse.Namespace) -> int:
     """Run `benchmarks/chaos.py` with these arguments."""
     python = sys.executable if args.no_install else install(RUNTIME)
-    make_demo_model(python)
+    make_demo_model(python, FAST_MODEL)
     return run_step("chaos", [python, "-m", "benchmarks.chaos", *args.rest])
 
 

@@ -66,8 +66,9 @@ class Stack:
         self.folder, self.workers, self.out = folder, workers, folder.with_suffix(".out")
         fields = {*GatewaySettings.model_fields, *WorkerSettings.model_fields}
         clean = {k: v for k, v in os.environ.items() if k.lower() not in fields}
-        argv = [sys.executable, "run.py", "up", "--no-install", "--port=0", "--model=models/demo"]
-        argv += [f"--gateways={gateways}", f"--workers={workers}", f"--data-dir={folder}"]
+        argv = [sys.executable, "run.py", "up", "--no-install", "--port=0"]
+        argv += ["--model=models/demo-fast", f"--data-dir={folder}"]
+        argv += [f"--gateways={gateways}", f"--workers={workers}"]
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
                 argv, cwd=ROOT, env={**clean, **env}, stdin=subprocess.DEVNULL, stdout=out,
