@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -19,7 +17,7 @@ from tests.oracle import image_part, text_part
 from tests.stack import ROOT, clean_environment, wait_until
 
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "tests/compose/override.yml")
-TOKENS = 400
+TOKENS = 150
 PROMPTS: list[Any] = [
     "Hello!",
     "Tell me a story about the sea.",
@@ -63,10 +61,10 @@ class Compose:
         """Return the ids of a service's running containers."""
         return self("ps", "--quiet", service).split()
 
-    def kill(self, container: str, number: int = signal.SIGKILL) -> None:
-        """Signal the container's main process from outside, as a crash would end it."""
-        pid = int(docker("inspect", "--format={{.State.Pid}}", container))
-        os.kill(pid, number)
+    def pids(self, service: str) -> list[int]:
+        """Return the host's ids of the main processes of a service's containers."""
+        form = "--format={{.State.Pid}}"
+        return [int(pid) for pid in docker("inspect", form, *self.containers(service)).split()]
 
     def health(self, container: str) -> str:
         """Return what Docker says of a container: running or not, healthy or not."""
@@ -163,14 +161,14 @@ class Load:
         return text
 
 
-def request(index: int) -> dict[str, Any]:
-    """Return a streamed request for a prompt, long enough to be killed in the middle."""
+def request(index: int, tokens: int = TOKENS) -> dict[str, Any]:
+    """Return a streamed request for a prompt."""
     return {
         "model": "any",
         "messages": [{"role": "user", "content": PROMPTS[index]}],
         "stream": True,
         "stream_options": {"include_usage": True},
-        "max_tokens": TOKENS,
+        "max_tokens": tokens,
         "seed": 7,
         "extra_body": {"ignore_eos": True},
     }
@@ -179,8 +177,8 @@ def request(index: int) -> dict[str, Any]:
 class PlainStream:
     """A stream over one bare connection, which does not come back by itself."""
 
-    def __init__(self, url: str, index: int = 0, after: str = "") -> None:
-        asked = request(index)
+    def __init__(self, url: str, tokens: int = TOKENS, after: str = "") -> None:
+        asked = request(0, tokens)
         body = {**asked, **asked.pop("extra_body")}
         self._client = httpx2.Client(timeout=30)
         self._answer = self._client.send(
