@@ -18,6 +18,9 @@ from tests.stack import ROOT, clean_environment, wait_until
 
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "tests/compose/override.yml")
 TOKENS = 150
+ENDED_BY_ITSELF = ("0", "143")
+"""Exit codes after SIGTERM, which uvicorn raises again once all is closed; SIGKILL's would be 137."""
+
 PROMPTS: list[Any] = [
     "Hello!",
     "Tell me a story about the sea.",
@@ -191,18 +194,24 @@ class PlainStream:
             stream=True,
         )
         self.status = self._answer.status_code
+        self._lines = self._answer.iter_lines()
         self.ids: list[str] = []
         self.text, self.done, self._id = "", False, ""
 
-    def read(self, events: int | None = None) -> PlainStream:
+    def take(self, events: int | None = None) -> PlainStream:
         """Read so many events with an id, or all until the stream ends or breaks."""
         try:
-            for line in self._answer.iter_lines():
+            for line in self._lines:
                 self._take(line)
                 if events is not None and len(self.ids) >= events:
                     break
         except (httpx2.RemoteProtocolError, httpx2.ReadError):
             pass
+        return self
+
+    def read(self, events: int | None = None) -> PlainStream:
+        """Read on, as `take` does, and leave."""
+        self.take(events)
         self._answer.close()
         self._client.close()
         return self
