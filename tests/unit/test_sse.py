@@ -52,7 +52,7 @@ def test_any_cursor_is_read_exactly_or_refused(value):
     assert not set(value) & set(" \r\n\t")
 
 
-@pytest.mark.parametrize("value", ["s", ":1", "s:", "s:-1", "s: 1", "a:b:1", "s:1e3", "é:1"])
+@pytest.mark.parametrize("value", ["s", ":1", "s:", "s:-1", "s: 1", "a:b:1", "s:1e3", "é:1", "s:٣"])
 def test_malformed_cursors_are_refused(value):
     """A cursor of another form is an invalid value."""
     with pytest.raises(UnbrokenError) as raised:
