@@ -165,6 +165,12 @@ def heard(stage):
     stage.relay._wires["bell"]._on_push = on_bell
 
 
+async def knows_its_log(stage):
+    """Check that the events kept in memory for whoever comes next are those of the log."""
+    [channel] = stage.relay._channels.values()
+    assert channel.since(0) == [entry.data for entry in await stage.log.read("s", 0)]
+
+
 async def settled(stage):
     """Wait until every viewer is written to by the hub."""
     while True:
@@ -359,11 +365,14 @@ async def test_after_a_lost_ring_the_next_one_fetches_both(quiet):
     await quiet.begin()
     pipe, _ = await quiet.watch()
     await settled(quiet)
+    await quiet.say("s", "x", "y", "z")
+    await pipe.until(frame_end("z"))
     with unheard():
         await quiet.say("s", "a")
     await quiet.say("s", "b")
     await pipe.until(frame_end("b"))
     assert pipe.body == await quiet.expected()
+    await knows_its_log(quiet)
 
 
 async def test_rings_and_the_hub_may_overtake_each_other(quiet):
@@ -381,6 +390,7 @@ async def test_rings_and_the_hub_may_overtake_each_other(quiet):
         await asyncio.sleep(0.001)
     wire._on_push = quiet.relay._on_bell
     wire._on_push(rung[::-1])
+    await knows_its_log(quiet)
     await quiet.say("s", "c")
     await pipe.until(frame_end("c"))
     assert pipe.body == await quiet.expected()
