@@ -18,6 +18,7 @@ from shared.protocol import (
 )
 from shared.settings import WorkerSettings
 from tests.media_samples import data_url, encode, encode_video, movie, picture
+from worker.child import ChildPool
 from worker.decoder import Image, Job, Limits, Video, decode
 from worker.media import content_hash
 from worker.prompts import PromptBuilder
@@ -333,20 +334,38 @@ async def test_media_are_bounded_together(builder):
     assert caught.value.param == "messages[0].content[4]"
 
 
-async def test_a_model_that_is_not_there_is_told_and_tried_again(demo_model, tmp_path):
-    """A wrong model leaves the builder alive, with the reason, until it can be loaded."""
-    folder = tmp_path / "late"
-    builder = PromptBuilder(settings(folder), load_delays=(0.1,))
+async def test_a_model_that_is_not_there_is_told():
+    """A wrong model leaves the builder alive, with the reason."""
+    builder = PromptBuilder(settings("/nowhere/at/all"))
     await builder.start()
     with pytest.raises(UnbrokenError, match="cannot be loaded") as caught:
         await builder.build(request(user("Hi")))
     assert caught.value.code == "model_not_ready"
     assert (builder.ready, bool(builder.failed)) == (False, True)
-    folder.symlink_to(demo_model)
+    await builder.close()
+
+
+class Late(PromptBuilder):
+    """Its children, which do nothing, start at the third time."""
+
+    tries = 0
+
+    def _pools(self):
+        self.tries += 1
+        text = "1" if self.tries == 3 else "{"
+        return ChildPool("json:loads", ("1",)), ChildPool("json:loads", (text,))
+
+
+async def test_a_load_that_failed_is_tried_again():
+    """The reason stays until a later try succeeds; nothing has to be restarted."""
+    builder = Late(settings("any"), load_delays=(0.0,))
+    await builder.start()
+    with pytest.raises(UnbrokenError, match="JSONDecodeError"):
+        await builder.wait_ready()
     while not builder.ready:
-        await asyncio.sleep(0.02)
-    assert builder.failed is None
-    await builder.build(request(user("Hi")))
+        await asyncio.sleep(0.01)
+    assert (builder.tries, builder.failed) == (3, None)
+    await builder.wait_ready()
     await builder.close()
 
 
