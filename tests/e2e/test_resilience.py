@@ -1,0 +1,168 @@
+"""An engine dies or hangs, Redis is emptied, media change: what is left is whole."""
+
+import asyncio
+import functools
+import http.server
+import json
+import os
+import signal
+import threading
+
+import httpx
+import psutil
+import pytest
+
+from shared import keys
+from shared.session_log import SessionLog
+from shared.store import Store, connect
+from tests.conftest import TEST_ENV
+from tests.media_samples import encode, picture
+from tests.oracle import text_part
+from tests.stack import Stack, alive, wait_until
+
+pytestmark = pytest.mark.timeout(400)
+TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory, demo_model):
+    """A gateway and two workers whose parts these tests may break."""
+    env = {**TEST_ENV, "STEP_TIMEOUT_SECONDS": "5"}
+    with Stack(tmp_path_factory.mktemp("broken") / "data", workers=2, env=env) as running:
+        yield running
+
+
+@pytest.fixture
+async def store(stack):
+    store = Store(connect(stack.redis_url, retries=10))
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def client(stack):
+    async with httpx.AsyncClient(base_url=stack.url, timeout=120, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder behind a web server, and its URL."""
+    folder = tmp_path_factory.mktemp("images")
+    handler = functools.partial(_Quiet, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_args):
+        pass
+
+
+def body(**more):
+    return {
+        "messages": [{"role": "user", "content": "Go on."}],
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "temperature": 1.0,
+        "seed": 5,
+        "frequency_penalty": 0.4,
+        **more,
+    }
+
+
+def engine_of(stack, worker):
+    """Return the pid of a worker's engine process."""
+    children = psutil.Process(stack.pid("workers", worker)).children()
+    return next(c.pid for c in children if any("spawn_main" in part for part in c.cmdline()))
+
+
+async def owner(stack, store, session_id):
+    """Return the index of the worker that runs a session."""
+    while not (lease := await store.redis.hget(keys.session(session_id), "lease")):
+        await asyncio.sleep(0.02)
+    name = lease.decode().split(":")[0]
+    logs = sorted((stack.folder / "logs").glob("worker*.log"))
+    return next(i for i, log in enumerate(logs) if f'"worker": "{name}"' in log.read_text())
+
+
+async def grown(store, session_id, events=20):
+    while int(await store.redis.hget(keys.session(session_id), "last") or 0) < events:
+        await asyncio.sleep(0.01)
+
+
+def message(answer):
+    return [choice["message"] for choice in answer.json()["choices"]]
+
+
+async def begin(client, store, session_id, **more):
+    """Start a long session; returns the task that waits for its answer, once it has some tokens."""
+    request = body(session_id=session_id, **more)
+    task = asyncio.create_task(client.post("/v1/chat/completions", json=request))
+    await grown(store, session_id)
+    return task
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+async def test_an_engine_that_dies_or_hangs_costs_its_sessions_only_time(
+    stack, store, client, fault
+):
+    """The worker gives them back at once, another goes on with the same text, the engine is new."""
+    undisturbed = await client.post("/v1/chat/completions", json=body(n=2))
+    wait_until(lambda: Stack.workers_seen(stack.url) == 2, "two workers are ready")
+    task = await begin(client, store, fault, n=2)
+    worker = await owner(stack, store, fault)
+    pid, engine = stack.pid("workers", worker), engine_of(stack, worker)
+    os.kill(engine, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+    answer = await task
+    assert message(answer) == message(undisturbed)
+    assert answer.json()["usage"] == undisturbed.json()["usage"]
+    state = (await client.get(f"/v1/sessions/{fault}")).json()
+    assert (state["exact"], state["takeovers"]) == (True, 1)
+    assert (stack.pid("workers", worker), alive(engine)) == (pid, False)
+    wait_until(lambda: Stack.workers_seen(stack.url) == 2, "the engine is back", 100)
+
+
+async def test_running_sessions_survive_an_emptied_redis(store, client):
+    """FLUSHALL under a stream: its client sees nothing of it, and the log is whole."""
+    undisturbed = await client.post("/v1/chat/completions", json=body())
+    task = await begin(client, store, "emptied", stream=True)
+    await store.redis.flushall()
+    await grown(store, "emptied", 60)
+    await store.redis.flushall()
+    chunks = [line[6:] for line in (await task).text.splitlines() if line.startswith("data: ")]
+    assert chunks[-1] == "[DONE]"
+    deltas = [c["choices"][0]["delta"] for c in map(json.loads, chunks[:-1]) if c["choices"]]
+    [expected] = message(undisturbed)
+    for name in ("reasoning_content", "content"):
+        assert "".join(d.get(name) or "" for d in deltas) == (expected[name] or "")
+    log = SessionLog(store)
+    record, entries = await log.record("emptied"), await log.read_all("emptied")
+    assert [e.index for e in entries] == list(range(record.last + 1))
+    assert (record.status, record.takeovers) == ("finished", 0)
+
+
+async def test_an_image_that_changed_ends_a_session_that_is_taken_over(
+    stack, store, client, images
+):
+    """The same image is continued exactly; another one under the same URL is `media_changed`."""
+    folder, url = images
+    content = [text_part("Look."), {"type": "image_url", "image_url": {"url": f"{url}/a.png"}}]
+    request = {"messages": [{"role": "user", "content": content}]}
+    (folder / "a.png").write_bytes(encode(picture()))
+    undisturbed = await client.post("/v1/chat/completions", json=body(**request))
+    for name, changes in (("same", False), ("changed", True)):
+        wait_until(lambda: Stack.workers_seen(stack.url) == 2, "two workers are ready", 100)
+        task = await begin(client, store, name, **request)
+        if changes:
+            (folder / "a.png").write_bytes(encode(picture(width=80)))
+        worker = await owner(stack, store, name)
+        os.kill(engine_of(stack, worker), signal.SIGKILL)
+        answer = await task
+        if changes:
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "media_changed"
+        else:
+            assert message(answer) == message(undisturbed)
