@@ -85,6 +85,10 @@ class Driver:
         """All token ids a sequence has said."""
         return [i for o in self.said.get(handle, ()) for piece in o.pieces for i in piece.ids]
 
+    def text(self, handle) -> str:
+        """All text a sequence has said."""
+        return "".join(p.text for o in self.said.get(handle, ()) for p in o.pieces)
+
     def last(self, handle) -> Output:
         """A sequence's newest output."""
         return self.said[handle][-1]

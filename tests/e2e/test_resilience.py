@@ -1,4 +1,4 @@
-"""An engine dies or hangs, Redis is emptied, media change: what is left is whole."""
+"""An engine dies or hangs, Redis is emptied, media change, a session is poison: what is left."""
 
 import asyncio
 import functools
@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from shared import keys
+from shared.protocol import GenerationRequest, Message, SamplingParams, TextPart
+from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
 from tests.conftest import TEST_ENV
@@ -166,3 +168,34 @@ async def test_an_image_that_changed_ends_a_session_that_is_taken_over(
             assert answer.json()["error"]["code"] == "media_changed"
         else:
             assert message(answer) == message(undisturbed)
+
+
+async def test_a_session_that_kills_its_workers_is_given_up(stack, store, client):
+    """After `MAX_ATTEMPTS` workers that died with it, a real worker ends it with a clear error."""
+    request = GenerationRequest((Message("user", (TextPart("x"),)),), SamplingParams(max_tokens=4))
+    model = (await client.get("/v1/models")).json()["data"][0]["id"]
+    queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000)
+    pids = [worker["pid"] for worker in stack.state["workers"]]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for name in ("poison", "unlucky"):
+            await queue.submit(Submission(name, "", "d", model, "fp", False, request), 10)
+        for _ in range(3):
+            claims = {c.session_id: c for c in (await queue.claim("dead", 2)).sessions}
+            assert len(claims) == 2
+            await queue.release(claims["unlucky"])
+            now, _micros = await store.redis.time()
+            await store.redis.zadd(keys.LEASES, {"poison": now * 1000 - 1})
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    log = SessionLog(store)
+    ended = {}
+    for name in ("poison", "unlucky"):
+        while not (ended.setdefault(name, record := await log.record(name)) and record.has_ended):
+            await asyncio.sleep(0.05)
+        ended[name] = record.status
+    assert ended == {"poison": "failed", "unlucky": "finished"}
+    state = (await client.get("/v1/sessions/poison")).json()
+    assert state["error"]["message"] == "The generation failed 3 times."

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -111,6 +112,44 @@ def test_a_sequence_continues_from_any_seam_as_if_nothing_had_happened(loaded, k
         assert whole[:seam] + driver.ids(seam) == whole
         assert driver.last(seam).completion_tokens == len(whole)
         assert driver.last(seam).finish == "length"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(
+            temperature=1.5,
+            seed=2,
+            frequency_penalty=0.8,
+            presence_penalty=0.5,
+            top_p=0.9,
+            min_p=0.01,
+        ),
+        SamplingParams(temperature=0, repetition_penalty=1.6, logit_bias={7: 2.0}, min_tokens=5),
+    ],
+)
+def test_text_goes_on_over_any_seam_of_the_log(loaded, sampling):
+    """Penalties, filters, and stop strings that lie across the seam: the same text and the end."""
+    plain = msgspec.structs.replace(sampling, max_tokens=16, ignore_eos=True)
+    driver = Driver(Engine(loaded, 1))
+    driver.add(1, text_prompt(9), plain)
+    words = driver.drain().text(1)
+    stop = words[len(words) // 2 : len(words) // 2 + 4]  # in the middle, over several tokens
+    stopped = msgspec.structs.replace(plain, stop=(stop,))
+    for params in (plain, stopped):
+        driver = Driver(Engine(loaded, 8))
+        driver.add(0, text_prompt(9), params)
+        pieces = [piece for o in driver.drain().said[0] for piece in o.pieces]
+        whole, end = driver.text(0), driver.last(0)
+        for seam in range(0, len(pieces), 4):
+            known = [i for piece in pieces[:seam] for i in piece.ids]
+            driver.add(seam + 1, text_prompt(9), params, known)
+        driver.drain()
+        for seam in range(0, len(pieces), 4):
+            head = "".join(piece.text for piece in pieces[:seam])
+            assert head + driver.text(seam + 1) == whole
+            last = driver.last(seam + 1)
+            assert (last.finish, last.completion_tokens) == (end.finish, end.completion_tokens)
 
 
 def test_a_generated_placeholder_token_survives_continuation(loaded, driver):
