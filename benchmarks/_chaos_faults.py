@@ -105,9 +105,12 @@ class Faults:
         return [c.current for c in self._clients if c.current is not None]
 
     async def target(self, kind: str) -> Part | None:
-        """Return a part that may be hit now, if there is one."""
+        """Return a part that may be hit now, or None; rather one on which streams depend."""
         able = await self.able(kind)
-        return self._rng.choice(able) if able else None
+        if not able or kind == "redis":
+            return able[0] if able else None
+        weights = [1 + len(await self.hit_by(part)) for part in able]
+        return self._rng.choices(able, weights)[0]
 
     async def able(self, kind: str) -> list[Part]:
         """Return the parts that may be hit now; none where the last one would be."""
