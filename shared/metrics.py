@@ -14,7 +14,10 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
 )
+
+disable_created_metrics()  # a second series for each, which nobody asks for
 
 GATEWAY = CollectorRegistry()
 WORKER = CollectorRegistry()
@@ -102,6 +105,12 @@ KV_CACHE_USAGE = Gauge(
 )  # fmt: skip
 PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens processed.", MODEL, registry=WORKER)
 GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", MODEL, registry=WORKER)
+PREFIX_QUERIES = Counter(
+    "vllm:prefix_cache_queries", "Prompt tokens looked up for reuse.", MODEL, registry=WORKER
+)
+PREFIX_HITS = Counter(
+    "vllm:prefix_cache_hits", "Prompt tokens reused, not computed.", MODEL, registry=WORKER
+)
 REQUEST_PROMPT_TOKENS = Histogram(
     "vllm:request_prompt_tokens", "Prompt tokens of a session.",
     MODEL, buckets=TOKENS, registry=WORKER,

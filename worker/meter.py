@@ -129,6 +129,8 @@ class RunMeter:
                 metrics.CANCELS.labels(event.cancelled).inc()
         metrics.REQUEST_SUCCESS.labels(self._model, reason).inc()
         if usage.prompt_tokens:
+            metrics.PREFIX_QUERIES.labels(self._model).inc(usage.prompt_tokens)
+            metrics.PREFIX_HITS.labels(self._model).inc(usage.cached_tokens)
             metrics.REQUEST_PROMPT_TOKENS.labels(self._model).observe(usage.prompt_tokens)
             metrics.REQUEST_GENERATION_TOKENS.labels(self._model).observe(usage.completion_tokens)
         if self._first:

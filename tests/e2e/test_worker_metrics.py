@@ -44,6 +44,9 @@ def test_the_worker_counts_what_it_did(stack):
     wait_until(lambda: grown("vllm:request_success_total", finished_reason="error") == 1, "end")
     assert grown("vllm:generation_tokens_total") == sum(u["completion_tokens"] for u in usage)
     assert grown("vllm:prompt_tokens_total") == sum(u["prompt_tokens"] for u in usage)
+    assert grown("vllm:prefix_cache_queries_total") == grown("vllm:prompt_tokens_total")
+    cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
+    assert grown("vllm:prefix_cache_hits_total") == cached
     assert grown("vllm:request_success_total", finished_reason="length") == 2
     assert grown("unbroken_sessions_failed_total", error_type="invalid_media") == 1
     for name in ("queue_time", "prefill_time", "decode_time", "inference_time"):
