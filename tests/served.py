@@ -34,7 +34,7 @@ async def serving(redis_url: str, **settings) -> AsyncIterator[httpx.AsyncClient
         await asyncio.sleep(0.01)
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False)
     client.services = app.state.services
-    client.routes = {*app.openapi()["paths"], "/metrics", "/docs", "/openapi.json"}
+    client.routes = {*app.openapi()["paths"], "/", "/metrics", "/docs", "/openapi.json"}
     try:
         async with client:
             yield client
