@@ -19,7 +19,7 @@ from tests.stack import ROOT, clean_environment, wait_until
 FILES = ("docker-compose.yml", "docker-compose.cpu.yml", "tests/compose/override.yml")
 TOKENS = 150
 ENDED_BY_ITSELF = ("0", "143")
-"""Exit codes after SIGTERM, which uvicorn raises again once all is closed; SIGKILL's would be 137."""
+"""Exit codes after SIGTERM, which uvicorn raises again once all is closed; 137 is SIGKILL's."""
 
 PROMPTS: list[Any] = [
     "Hello!",
