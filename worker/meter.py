@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
-from prometheus_client import Gauge, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 
 from shared import metrics
 from shared.protocol import Failed, Finished
@@ -22,16 +24,34 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.meter")
 
 
+class _Exposition(BaseHTTPRequestHandler):
+    """Always the plain text format: the library's own server bends `vllm:` names when asked to."""
+
+    def do_GET(self) -> None:
+        """Answer a scrape."""
+        body = generate_latest(metrics.WORKER)
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args: object) -> None:
+        """Say nothing: scrapes are no lifecycle."""
+
+
 def serve(host: str, port: int) -> Callable[[], None]:
     """Expose the worker's metrics over HTTP; port 0 takes a free one. Returns what ends it.
 
     A port that is taken costs the metrics, not the worker.
     """
     try:
-        server, thread = start_http_server(port, host, metrics.WORKER)
+        server = ThreadingHTTPServer((host, port), _Exposition)
     except OSError as error:
         log.error("no metrics: cannot listen", extra={"port": port, "error": str(error)})  # noqa: TRY400
         return lambda: None
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    thread.start()
     log.info("metrics", extra={"host": host, "port": server.server_port})
 
     def close() -> None:

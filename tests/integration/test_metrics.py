@@ -1,15 +1,23 @@
 """What `/metrics` says after what happened, on gateway and worker."""
 
 import math
+import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import run
 from gateway.meter import METHODS
+from shared import metrics
 from shared.errors import KINDS
 from tests.scripted import ScriptedWorker
 from tests.served import serving
+from worker import meter
 
+PROMETHEUS_ACCEPTS = (
+    "application/openmetrics-text;version=1.0.0;escaping=underscores;q=0.6,"
+    "text/plain;version=1.0.0;escaping=underscores;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1"
+)
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -174,3 +182,21 @@ async def test_redis_says_how_full_it_is(redis_url, store):
     async with serving("redis://127.0.0.1:1/0") as client:
         now = samples((await client.get("/metrics")).text)
     assert math.isnan(now["unbroken_redis_memory_bytes", ()])
+
+
+@pytest.mark.parametrize("accept", ["*/*", PROMETHEUS_ACCEPTS])
+def test_the_workers_names_are_the_same_for_every_scraper(accept):
+    """Whatever forms a scraper offers to take, `vllm:` names come with their colon."""
+    port = run.free_port()
+    end = meter.serve("127.0.0.1", port)
+    try:
+        metrics.RUNNING.labels("some-model").set(1)
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept}
+        )
+        with urllib.request.urlopen(asked) as answer:
+            text = answer.read().decode()
+    finally:
+        end()
+        metrics.RUNNING.remove("some-model")
+    assert 'vllm:num_requests_running{model_name="some-model"} 1.0' in text
