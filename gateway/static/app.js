@@ -19,13 +19,17 @@ const kept = {
     try { return JSON.parse(store.getItem(name)) ?? otherwise; } catch { return otherwise; }
   },
   write(store, name, value) {
-    try { store.setItem(name, JSON.stringify(value)); } catch { /* full: the chat still works */ }
+    try { store.setItem(name, JSON.stringify(value)); return true; } catch { return false; }
   },
 };
 const settings = kept.read(localStorage, "unbroken-settings", {});
 let key = kept.read(sessionStorage, "unbroken-key", "");
 let turns = kept.read(sessionStorage, "unbroken-turns", []); // {question, media, session, answer}
-const save = () => kept.write(sessionStorage, "unbroken-turns", turns);
+function save() {
+  if (kept.write(sessionStorage, "unbroken-turns", turns)) return;
+  const light = turns.map((turn) => ({ ...turn, media: [], body: undefined })); // media fill the store
+  kept.write(sessionStorage, "unbroken-turns", light);
+}
 
 // --- The API. -------------------------------------------------------------------------------------
 const headers = (more = {}) => (key ? { authorization: `Bearer ${key}`, ...more } : more);
@@ -167,6 +171,8 @@ class Answer {
     this.say = { reasoning: "", content: "" };
     this.root.addEventListener("click", (click) => this.copy(click.target.dataset.copy));
     $("#messages").append(this.root);
+    for (const button of this.tools.children) // an answer of a link: what was asked is not known
+      button.hidden = !turn.body && button.dataset.copy !== "link";
     if (live) this.go(); else this.rest();
   }
 
@@ -187,8 +193,10 @@ class Answer {
     await this.stream.follow();
     clearInterval(this.poll);
     if (!this.over) { this.over = true; await this.ask(); }
+    const atEnd = this.atEnd();
     this.root.classList.remove("live");
     this.tools.hidden = false;
+    if (atEnd) chat.scrollTop = chat.scrollHeight;
     Object.assign(this.turn, { answer: this.say.content, thought: this.say.reasoning, over: true });
     save();
     unfollow(this);
@@ -219,7 +227,6 @@ class Answer {
     const tick = make("i", { className: size, title: `event ${index}, ${Math.round(gap)} ms` });
     tick.classList.add(this.worker ? this.shade() : "w0");
     this.pending.push(tick);
-    if (!this.worker) (this.unknown ??= []).push(tick);
   }
 
   shade() { return `w${this.workers.indexOf(this.worker) % 4}`; }
@@ -255,7 +262,7 @@ class Answer {
   }
 
   draw() {
-    const atEnd = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 80;
+    const atEnd = this.atEnd();
     if (this.text.textContent !== this.say.content) this.text.textContent = this.say.content;
     this.showThought(this.say.reasoning);
     if (this.pending.length) {
@@ -269,6 +276,8 @@ class Answer {
     this.ticks.ariaLabel = `Events of this answer: ${this.summary()}`;
     if (atEnd) chat.scrollTop = chat.scrollHeight;
   }
+
+  atEnd() { return chat.scrollHeight - chat.scrollTop - chat.clientHeight < 80; }
 
   summary() {
     const some = (count, noun) => count && `${count} ${noun}${count === 1 ? "" : "s"}`;
@@ -289,7 +298,7 @@ class Answer {
     this.draw();
     this.last.textContent = `whole: 0 to ${this.index}, none lost, none twice · longest gap ${longest} ms`;
     this.strip.dataset.done = "true";
-    if (this.say.note) notice(this.say.note);
+    notice(this.say.note ?? "The answer is complete.");
     this.ask();
   }
 

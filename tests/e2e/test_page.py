@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 
+import httpx
 import pytest
 
 from shared.store import Store, connect
@@ -341,3 +342,38 @@ async def test_with_an_api_key(redis_url, worker, tmp_path, context):
         assert await text_of(page) == "opened twice"
     finally:
         gateway.kill()
+
+
+CONTROLLED = {"content-type": "application/json", "x-unbroken-control": "1"}
+
+
+async def test_parts_are_killed_for_visitors_of_this_machine_alone(redis_url, worker, tmp_path):
+    """No other host name, no proxied or foreign caller, and nobody at all without `run.py`."""
+    state = {"redis": {"pid": None}, "workers": [], "gateways": []}
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    plain = GatewayProcess(redis_url, tmp_path)
+    watched = GatewayProcess(redis_url, tmp_path, {"RUN_STATE_PATH": str(tmp_path / "run.json")})
+    try:
+        async with httpx.AsyncClient() as client:
+
+            async def kill(gateway, part="worker", headers=CONTROLLED):
+                body = json.dumps({"part": part, "worker": worker.id})
+                url = f"{gateway.url}/demo/kill"
+                return (await client.post(url, content=body, headers=headers)).status_code
+
+            for gateway, offers in ((plain, False), (watched, True)):
+                state = await client.get(f"{gateway.url}/v1/status")
+                assert state.json()["controls"] is offers
+            assert await kill(plain) == 404
+            assert await kill(watched, headers={**CONTROLLED, "host": "evil.example"}) == 404
+            assert await kill(watched, headers={**CONTROLLED, "x-forwarded-for": "::1"}) == 404
+            assert await kill(watched, headers={"content-type": "application/json"}) == 404
+            assert await kill(watched) == 400  # a worker that `run.py` did not start
+            assert await kill(watched, "redis") == 400
+            assert watched.process.poll() is None
+            with pytest.raises(httpx.TransportError):
+                await kill(watched, "gateway")
+            assert watched.process.wait(5) == -9
+    finally:
+        plain.kill()
+        watched.kill()
