@@ -153,11 +153,14 @@ class ProgressBar:
 
     def __init__(self, what: str) -> None:
         self._what, self._began, self._said = what, time.monotonic(), 0.0
-        self._on_terminal = sys.stdout.isatty()
+        self._on_terminal, self._ended = sys.stdout.isatty(), False
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` steps out of `total` are done."""
         now = time.monotonic()
+        if self._ended:
+            return
+        self._ended = done == total
         if done < total and now - self._said < (0.2 if self._on_terminal else self.LINE_SECONDS):
             return
         self._said = now
