@@ -51,7 +51,7 @@ def model_folder(name: str) -> Path:
     """
     folder = MODELS / name
     stamp = folder / "built-from.txt"
-    demo = ensure_demo_model(ROOT / "models" / "demo")
+    demo = ensure_demo_model(ROOT / "models" / "demo-fast")
     version = (demo / "unbroken-demo.txt").read_text()
     if stamp.exists() and stamp.read_text() == version:
         return folder
