@@ -22,6 +22,7 @@ from shared.errors import UnbrokenError
 from shared.protocol import MediaPart, Message, TextPart
 from worker.decoder import Image, Video
 from worker.engine.messages import Prompt
+from worker.engine.sequence import TOKEN_KINDS
 from worker.engine.torchvision_shim import prepare_torchvision
 
 log = logging.getLogger("unbroken.engine.processor")
@@ -251,7 +252,8 @@ class _ControlTokens:
 def _digest(tensors: dict[str, Array]) -> str:
     """Identify media by what the model is to see of them."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(tensors.items()):
+    for name in sorted(tensors.keys() - TOKEN_KINDS):  # these depend on the text around
+        array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
