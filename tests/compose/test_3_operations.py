@@ -61,7 +61,7 @@ def test_scaling_up_and_down_under_load(compose: Compose, expected) -> None:
         wait_until(
             lambda: set(served_by(compose).values()) == {3}, "three gateways see three workers"
         )
-        wait_until(lambda: len(connections(compose)) == 3, "the proxy uses the third gateway")
+        wait_until(lambda: len(connections(compose)) == 3, "the proxy uses the third gateway", 120)
         load.wait_flowing()
         with autoscaled(compose, "--min=1", "--patience=0"):
             compose.wait_healthy("worker", 1)
