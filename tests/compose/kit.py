@@ -53,8 +53,6 @@ class Compose:
         self.options = [*(f"--file={name}" for name in (*FILES, *files)), "--env-file=.env.example"]
         self.env = {**clean_environment(), "PORT": str(port), "WHEELS": str(wheels)}
         self.env |= {"GATEWAYS": "2", "WORKERS": "2", "COMPOSE_PROGRESS": "plain"}
-        if any(wheels.glob("torch-*")):
-            self.env["TORCH_INDEX"] = ""
 
     def __call__(self, *argv: str, seconds: float = 180) -> str:
         """Run `docker compose` with an unedited `.env.example`."""
