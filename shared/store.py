@@ -38,7 +38,8 @@ class RefusedError(RedisError):
 
 def is_wrong_type(error: Exception) -> bool:
     """Tell whether a command failed because a key holds another kind of value than it should."""
-    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+    # Out of a pipeline, redis-py puts the command before the server's words.
+    return isinstance(error, ResponseError) and "WRONGTYPE " in str(error)
 
 
 UNAVAILABLE: tuple[type[Exception], ...] = (*LOST, OutOfMemoryError, ReadOnlyError, RefusedError)
