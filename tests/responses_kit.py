@@ -90,6 +90,10 @@ def text_of(response: dict[str, Any], kind: str = "message") -> str:
 
 
 def without_names(response: dict[str, Any]) -> dict[str, Any]:
-    """Return a Response without what tells it from another one to the same request."""
+    """Return a Response without what tells it from another one to the same request.
+
+    What it could reuse of its prompt depends on where it ran, and after what.
+    """
     output = [{**item, "id": ""} for item in response["output"]]
-    return {**response, "id": "", "created_at": 0, "output": output}
+    usage = {**(response["usage"] or {}), "input_tokens_details": None}
+    return {**response, "id": "", "created_at": 0, "output": output, "usage": usage}

@@ -56,6 +56,7 @@ def images(tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield folder, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -99,6 +100,12 @@ def message(answer):
     return [choice["message"] for choice in answer.json()["choices"]]
 
 
+def counted(answer):
+    """Return the usage but for what was reused, which depends on where it ran."""
+    usage = answer.json()["usage"]
+    return {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
+
+
 async def begin(client, store, session_id, **more):
     """Start a long session; returns the task that waits for its answer, once it has some tokens."""
     request = body(session_id=session_id, **more)
@@ -120,7 +127,7 @@ async def test_an_engine_that_dies_or_hangs_costs_its_sessions_only_time(
     os.kill(engine, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     answer = await task
     assert message(answer) == message(undisturbed)
-    assert answer.json()["usage"] == undisturbed.json()["usage"]
+    assert counted(answer) == counted(undisturbed)
     state = (await client.get(f"/v1/sessions/{fault}")).json()
     assert (state["exact"], state["takeovers"]) == (True, 1)
     assert (stack.pid("workers", worker), alive(engine)) == (pid, False)

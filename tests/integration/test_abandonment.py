@@ -94,7 +94,7 @@ async def test_a_viewer_who_comes_back_in_time_saves_the_session(store, queue, l
 
 async def test_an_ended_session_is_never_touched(store, queue, log):
     """A finished session has no watch key, and is as it was after any sweep."""
-    worker = ScriptedWorker(store)
+    worker = ScriptedWorker(store, model="m")
     await queue.submit(submission("s"), 9)
     [claimed] = await worker.claim()
     await worker.finish(claimed)
@@ -224,7 +224,7 @@ async def test_a_waiting_session_stays_while_somebody_watches(redis_url, store, 
 async def test_a_gateway_with_zero_says_nothing_of_viewers(redis_url, store):
     """`CANCEL_AFTER_DISCONNECT_SECONDS=0` writes no watch keys, so none can expire."""
     worker = ScriptedWorker(store)
-    worker.queue = SessionQueue(store, kept_seconds=60, watch_ms=0)
+    worker.queue = SessionQueue(store, kept_seconds=60, watch_ms=0, model=worker.model)
     await worker.announce()
     async with serving(redis_url, cancel_after_disconnect_seconds=0) as client:
         async with client.stream("POST", CHAT, json={**STREAM, "session_id": "s"}) as response:

@@ -32,7 +32,9 @@ class PersistingWorker(ScriptedWorker):
     def __init__(self, store):
         super().__init__(store)
         self.log = SessionLog(store, archived=True)
-        self.queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000, archived=True)
+        self.queue = SessionQueue(
+            store, kept_seconds=60, watch_ms=60_000, archived=True, model=self.model
+        )
 
 
 @pytest.fixture

@@ -208,7 +208,8 @@ def test_a_full_cache_makes_the_next_ones_wait(exact):
         most = max(most, len(driver.engine.scheduler.live))
     assert most == 2
     for handle in range(5):
-        assert driver.ids(handle)[:20] == oracle(exact, text_prompt(30, handle))[:20]
+        expected = oracle(exact, text_prompt(30, handle))[:20]  # ends with the model's own end
+        assert driver.ids(handle)[: len(expected)] == expected
 
 
 def test_the_cache_bounds_the_context(exact):
