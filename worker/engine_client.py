@@ -173,6 +173,7 @@ class EngineClient:
         """Drop a sequence; its sink is not called again."""
         self._send_about(handle, Abort(handle))
         self._sinks.pop(handle, None)
+        self._admitted.discard(handle)
 
     async def restart(self, reason: str = "The engine is restarted.") -> None:
         """End the process at once (it may hang), tell its sequences, and start a new one."""

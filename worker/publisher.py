@@ -121,6 +121,8 @@ class SessionWriter:
 
     def confirm(self, count: int) -> None:
         """Take note that the first `count` pending events are in the log."""
+        if self.ended.done():  # closed meanwhile: an end sent now would lack what was pending
+            return
         self._written += self.pending[:count]
         del self.pending[:count]
         self.first += count
@@ -199,6 +201,8 @@ class Publisher:
 
     def _doubt(self, writer: SessionWriter) -> None:
         """Ask whose the session is now, unless we were away for so long that it is not ours."""
+        if writer.ended.done():
+            return
         if self._restore and self._is_steady() and writer.copy():
             self.doubted[writer.session_id] = writer
         else:
@@ -208,23 +212,31 @@ class Publisher:
         """Write doubted sessions again where they are ours; returns False while Redis is away."""
         while self.doubted:
             session_id, writer = next(iter(self.doubted.items()))
-            copy = writer.copy()
+            copy = None if writer.ended.done() else writer.copy()
             try:
                 if self._restore and copy and await self._restore(copy):
                     log.warning("session written again", extra={"session": session_id})
                     self.dirty[session_id] = writer
                 else:
                     writer.lose("lease")
-            except FAILED as error:
+            except UNAVAILABLE as error:
                 return self._retry([], error)
+            except FAILED as error:  # its own keys are at fault, and must not hold up the others
+                log.exception("a session cannot be written again", exc_info=error)
+                writer.lose("unreadable")
             self.doubted.pop(session_id, None)
         return True
 
     async def _send(self, writers: list[SessionWriter]) -> bool:
         """Append for all, end those that end; puts back what failed and returns False then."""
+        writers = [w for w in writers if not w.ended.done()]
         ending = [w for w in writers if w.ending and len(w.pending) <= BATCH_EVENTS]
         going = [w for w in writers if w.pending and w not in ending]
-        results = await asyncio.gather(self._append(going), *map(self._finish, ending))
+        calls = (self._append(going), *map(self._finish, ending))
+        results = await asyncio.gather(*calls, return_exceptions=True)  # none may outlive this
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
         return all(results)
 
     async def _append(self, writers: list[SessionWriter]) -> bool:

@@ -27,6 +27,8 @@ class Flaky(SessionLog):
         super().__init__(store)
         self.lose_calls = self.lose_replies = self.break_calls = 0
         self.sizes = []
+        self.reply = asyncio.Event()  # replies wait for it
+        self.reply.set()
 
     async def append(self, batch):
         if self.lose_calls:
@@ -37,6 +39,7 @@ class Flaky(SessionLog):
             raise RuntimeError("a bug")
         self.sizes.append(sum(len(item.events) for item in batch))
         replies = await super().append(batch)
+        await self.reply.wait()
         if self.lose_replies:
             self.lose_replies -= 1
             raise RedisConnectionError("lost reply")
@@ -143,3 +146,25 @@ async def test_a_backlog_is_not_cut_inside_a_token(log, publisher, claim):
     assert len(writer.batch().events) == BATCH_EVENTS - 1
     assert await writer.finish(END)
     assert len(await texts(log, "a")) == BATCH_EVENTS + 2
+
+
+async def test_a_job_that_is_cancelled_between_call_and_reply_ends_nothing(log, publisher, claim):
+    """What was pending then is for the successor: no end without it gets into the log."""
+    [mine] = await claim("a")
+    writer = publisher.open(mine, 1, lambda: None)
+    log.reply.clear()
+    writer.write(delta(1))
+    publisher.flush()
+    while not log.sizes:
+        await asyncio.sleep(0.01)
+    writer.write(delta(2))
+    job = asyncio.create_task(writer.finish(END))
+    await asyncio.sleep(0)
+    job.cancel()
+    await asyncio.gather(job, return_exceptions=True)
+    writer.close()
+    log.reply.set()
+    [other] = await claim("b")
+    assert await publisher.open(other, 1, lambda: None).finish(END)
+    assert await texts(log, "a") == ["1 "]
+    assert (await log.record("a")).status == "running"

@@ -220,3 +220,22 @@ async def test_a_full_redis_costs_no_lease_and_lets_a_session_end(queue, log, st
     finally:
         await store.redis.config_set("maxmemory", "0")
     assert await texts(log) == ["1 ", "2 ", "3 ", "4 "]
+
+
+async def test_a_broken_session_holds_up_no_other(queue, log, store, publisher):
+    """One whose log has become something else is lost; the others of its worker are written."""
+    copy = await running(queue, log)
+    await queue.submit(NEW._replace(session_id="t"), 10)
+    [sound] = (await queue.claim("w1", 1)).sessions
+    lost = []
+    broken = publisher.open(copy.claimed, len(copy.events), lambda: lost.append("s"))
+    broken.keep(copy.record, copy.request, copy.events)
+    await store.redis.delete(keys.events("s"))
+    await store.redis.set(keys.events("s"), "nonsense", ex=60)
+    broken.write(Delta(0, (9,), "9 "))
+    publisher.flush()
+    going = publisher.open(sound, 1, lambda: lost.append("t"))
+    assert await going.finish(END)
+    while not lost:
+        await asyncio.sleep(0.01)
+    assert lost == ["s"]

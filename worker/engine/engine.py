@@ -288,6 +288,8 @@ class Engine:
             if bool(sequence.stopping(view, None)):
                 self._finish(sequence, pieces)
                 return True
+        except torch.AcceleratorError:
+            raise
         except Exception:
             log.exception("a token could not be taken in")
             self._fail(sequence, FAILED, TEXT_FAILED)

@@ -6,6 +6,7 @@ copies of the rows of sequences that ended.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from worker.engine.kv_cache import SlotCache
 from worker.engine.sequence import Sequence
+
+log = logging.getLogger("unbroken.engine")
 
 LEAST = 16  # tokens; fewer are computed as fast as they are looked up
 
@@ -121,7 +124,13 @@ class PrefixCache:
                 return
         while self._bytes + size > self._max_bytes:
             self._drop(next(iter(self._stored)))
-        layers = self._cache.copy_out(sequence.slot, sequence.length)
+        try:
+            layers = self._cache.copy_out(sequence.slot, sequence.length)
+        except torch.AcceleratorError:
+            raise
+        except (MemoryError, RuntimeError):  # no memory for what is of use, but not needed
+            log.warning("no memory to remember a prefix", extra={"tokens": sequence.length})
+            return
         stored = _Stored(ids, media, head, sequence.rope_delta, layers)
         self._stored[sequence.handle] = stored
         self._bytes += stored.size
