@@ -62,6 +62,12 @@ async def chat_completions(request: Request) -> Response:
     if chat.stream:
         usage = chat.include_usage
         return _stream(services, session_id, record, after=-1, include_usage=usage)
+    return await answer_whole(request, session_id, record)
+
+
+async def answer_whole(request: Request, session_id: str, record: SessionRecord) -> Response:
+    """Follow a session to its end, while the caller is there, and answer with its completion."""
+    services: Services = request.app.state.services
     try:
         work = services.drain.in_time(_collect(services, session_id, record))
         answer = await sse.while_connected(request.receive, work)

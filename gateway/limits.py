@@ -85,7 +85,8 @@ class RateLimits:
         self, owner: str, limits: KeyLimits, session_id: str, tokens: int
     ) -> tuple[str, int]:
         args = [session_id, tokens, limits.requests_per_minute or 0]
-        args += [limits.tokens_per_minute or 0, limits.concurrent_sessions or 0, keys.LIVE_TTL]
+        args += [limits.tokens_per_minute or 0, limits.concurrent_sessions or 0]
+        args += [keys.LIVE_TTL, SETTLE_SECONDS]
         names = [keys.levels(owner), keys.live_sessions(owner)]
         outcome, seconds = await self._store.run("admit", names, args)
         return outcome.decode(), seconds

@@ -15,7 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 
 from gateway import chat, health, meter, page, responses, sessions
 from gateway.admission import ReadyModels
@@ -95,6 +96,11 @@ def _answer(error: UnbrokenError) -> JSONResponse:
 async def _on_unbroken(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UnbrokenError)  # noqa: S101 - registered for this class
     return _answer(error)
+
+
+async def _on_left(_request: Request, _error: Exception) -> Response:
+    """Take note that the client left while it sent its body: nobody reads this."""
+    return Response(status_code=499)
 
 
 async def _on_http(_request: Request, error: Exception) -> JSONResponse:
@@ -218,6 +224,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(UnbrokenError, _on_unbroken)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_left)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     for kind in UNAVAILABLE:
         app.add_exception_handler(kind, _on_unavailable)

@@ -43,7 +43,7 @@ HEADERS = {
 LOOPBACK = {"127.0.0.1", "::1"}
 LOOPBACK_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 KILL_SECONDS = 5.0  # how long a kill's body may take to come
-CONTROL_HEADER = "x-unbroken-control"  # no page of another origin may send it
+CONTROL_HEADER = "x-unbroken-control"  # which a form of another origin cannot send
 
 
 class Fault(msgspec.Struct):
@@ -99,7 +99,11 @@ async def kill(request: Request) -> Response:
     services: Services = request.app.state.services
     services.auth.owner(request)
     state = _controls(request)
-    if state is None or CONTROL_HEADER not in request.headers:
+    foreign = request.headers.get("origin", "").partition("://")[2] not in (
+        "",
+        request.headers.get("host"),
+    )
+    if state is None or foreign or CONTROL_HEADER not in request.headers:
         raise UnbrokenError("not_found", "Not Found")
     try:
         fault = msgspec.json.decode(await read_body(request, 1024, KILL_SECONDS), type=Fault)

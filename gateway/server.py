@@ -173,7 +173,9 @@ class GuardedProtocol(HttpToolsProtocol):
             )
             # What still arrives would make the kernel drop the answer if we closed now.
             self.transport.write_eof()
-            self.loop.call_later(LINGER_SECONDS, self.transport.close)
+            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+        elif self.transport.get_write_buffer_size():  # it may never drain
+            self.transport.abort()
         else:
             self.transport.close()
 

@@ -7,11 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gateway import meter, signing, sse
 from gateway.auth import OPEN
-from gateway.chat import _collect, _stream, check_place, cursor_of, owned_record
+from gateway.chat import _stream, answer_whole, check_place, cursor_of, owned_record
 from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
 from shared.protocol import Failed, Finished, decode_event
@@ -90,8 +90,7 @@ async def retrieve(session_id: str, request: Request) -> Response:
     record = await owned_record(services, session_id, services.auth.owner(request))
     if not record.has_ended:
         raise UnbrokenError("in_progress", f"The session is {record.status}.", "session_id")
-    answer = await _collect(services, session_id, record)
-    return JSONResponse(answer, headers={"x-session-id": session_id})
+    return await answer_whole(request, session_id, record)
 
 
 @router.get("/v1/sessions/{session_id}/events")
@@ -101,11 +100,11 @@ async def events(session_id: str, request: Request) -> Response:
     204, which ends its reconnecting, once it has seen the last event.
     """
     services: Services = request.app.state.services
-    owner = await _reader(services, session_id, request)
     cursor = cursor_of(request)
     if cursor and cursor.session_id != session_id:
         raise UnbrokenError("invalid_value", "Last-Event-ID is another session's.", "Last-Event-ID")
     try:
+        owner = await _reader(services, session_id, request)
         return await _events(services, owner, session_id, cursor)
     except UNAVAILABLE:
         if request.headers.get("accept") != "text/event-stream":

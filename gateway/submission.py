@@ -69,12 +69,13 @@ async def submit(
     bound = 0 if unreadable else services.settings.max_queue
     charged = await _admit(services, owner, new, may_exist=may_exist)
     outcome, _created = await services.queue.submit(new, bound)
-    if charged and outcome != "created":
+    if charged and outcome not in ("created", "attached"):  # another POST of it was not charged
         await services.limits.refund(owner, session_id, charged)
     if unreadable and outcome == "full":
         raise unreadable
     _refuse(outcome)
-    meter.submitted(outcome, session_id, worker.model)
+    if chat.stream or not (chat.response and chat.response.background):  # else nobody waits
+        meter.submitted(outcome, session_id, worker.model)
     log.info("session %s", outcome, extra={"session": session_id})
     record = await services.log.record(session_id)
     if record is None:

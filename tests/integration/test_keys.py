@@ -9,7 +9,9 @@ import pytest
 
 from gateway import auth
 from gateway.auth import Authenticator, KeyFileError, KeyLimits, parse_keys
+from gateway.limits import SETTLE_SECONDS, RateLimits
 from shared import keys
+from shared.errors import UnbrokenError
 from tests.scripted import ScriptedWorker
 from tests.served import serving
 
@@ -115,6 +117,17 @@ async def test_the_file_is_read_again(redis_url, worker, tmp_path, monkeypatch, 
         assert await status("two") == 200
     assert "line 2" in str([vars(r) for r in caplog.records])
     assert "hush" not in caplog.text
+
+
+async def test_an_id_that_is_used_again_is_charged_again(store):
+    """The same request sent twice at once costs once; its id, later, is another session's."""
+    limits, most = RateLimits(store), KeyLimits(requests_per_minute=1)
+    assert await limits.admit("me", most, "s", 1)
+    assert not await limits.admit("me", most, "s", 1)
+    await store.redis.zadd(keys.live_sessions("me"), {"s": time.time() - SETTLE_SECONDS - 1})
+    with pytest.raises(UnbrokenError) as refused:
+        await limits.admit("me", most, "s", 1)
+    assert refused.value.code == "rate_limit_exceeded"
 
 
 async def test_requests_a_minute_hold_over_gateways(redis_url, worker, tmp_path):

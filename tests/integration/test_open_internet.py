@@ -118,3 +118,17 @@ async def test_a_client_that_takes_nothing_is_disconnected(redis_url, store):
             rest = [line async for line in lines]
             assert "data: [DONE]" in rest
         writer.close()
+
+
+async def test_a_client_that_leaves_while_it_sends_is_no_bug_of_ours(redis_url, caplog):
+    """Its connection breaks in the middle of the body: that is counted as 499, and no error."""
+    counted = 'http_request_method="POST",http_response_status_code="499"'
+    async with serving(redis_url) as client:
+        _reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(POST + b"content-length: 1000\r\n\r\n{")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        while counted not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
