@@ -65,3 +65,14 @@ class ScriptedWorker:
             usage=Usage(),
             kept_seconds=60,
         )
+
+
+class ArchivingWorker(ScriptedWorker):
+    """A scripted worker that knows `PERSIST_SESSIONS`."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.log = SessionLog(store, archived=True)
+        self.queue = SessionQueue(
+            store, kept_seconds=60, watch_ms=60_000, archived=True, model=self.model
+        )

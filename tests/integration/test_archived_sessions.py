@@ -12,10 +12,9 @@ from gateway.upkeep import Archiver
 from shared import archive as archive_module
 from shared import keys
 from shared.archive import OUTBOX_SECONDS, SETTLE_SECONDS, Archive
-from shared.queue import SessionQueue
 from shared.session_log import PAGE, SessionLog
 from tests.gateway_process import GatewayProcess
-from tests.scripted import ScriptedWorker
+from tests.scripted import ArchivingWorker, ScriptedWorker
 from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -26,20 +25,9 @@ CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.timeout(60)
 
 
-class PersistingWorker(ScriptedWorker):
-    """A scripted worker that knows `PERSIST_SESSIONS`."""
-
-    def __init__(self, store):
-        super().__init__(store)
-        self.log = SessionLog(store, archived=True)
-        self.queue = SessionQueue(
-            store, kept_seconds=60, watch_ms=60_000, archived=True, model=self.model
-        )
-
-
 @pytest.fixture
 async def worker(store):
-    worker = PersistingWorker(store)
+    worker = ArchivingWorker(store)
     await worker.announce()
     return worker
 
@@ -61,11 +49,6 @@ async def start(redis_url, path, monkeypatch):
             return await running.enter_async_context(serving(redis_url, **{**defaults, **settings}))
 
         yield start
-
-
-@pytest.fixture
-async def client(start):
-    return await start()
 
 
 async def serve_one(client, worker, session_id="s", texts=("wo", "rd"), headers=None, **more):

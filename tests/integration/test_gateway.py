@@ -1,5 +1,4 @@
 import asyncio
-import contextlib
 import json
 import socket
 
@@ -10,29 +9,6 @@ from tests.scripted import ScriptedWorker
 from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
-
-
-@pytest.fixture
-async def start(redis_url):
-    """Start gateways with settings of the test's choice; they end with the test."""
-    async with contextlib.AsyncExitStack() as running:
-
-        async def start(**settings):
-            return await running.enter_async_context(serving(redis_url, **settings))
-
-        yield start
-
-
-@pytest.fixture
-async def client(start):
-    return await start()
 
 
 class Events:

@@ -12,17 +12,9 @@ from gateway.auth import Authenticator, KeyFileError, KeyLimits, parse_keys
 from gateway.limits import SETTLE_SECONDS, RateLimits
 from shared import keys
 from shared.errors import UnbrokenError
-from tests.scripted import ScriptedWorker
 from tests.served import serving
 
 HELLO = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 10}
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
 
 
 def key_file(tmp_path, *lines):

@@ -3,19 +3,9 @@
 import asyncio
 import json
 
-import pytest
-
-from tests.scripted import ScriptedWorker
 from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "x"}]}
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
 
 
 async def waiting(worker, count=1):

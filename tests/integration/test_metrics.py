@@ -10,7 +10,6 @@ import run
 from gateway.meter import METHODS
 from shared import metrics
 from shared.errors import KINDS
-from tests.scripted import ScriptedWorker
 from tests.served import serving
 from worker import meter
 
@@ -51,13 +50,6 @@ class Difference:
         return lambda name, **labels: (
             total(now, name, **labels) - total(self._before, name, **labels)
         )
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
 
 
 async def answer(client, worker, **body):

@@ -1,7 +1,6 @@
 """`/v1/responses` through a real gateway and a real Redis, with scripted workers."""
 
 import asyncio
-import contextlib
 import json
 import threading
 
@@ -11,38 +10,12 @@ from gateway import upkeep
 from shared import archive as archive_module
 from shared import keys
 from shared.archive import Archive
-from shared.queue import SessionQueue
-from shared.session_log import SessionLog
 from tests.responses_kit import check_whole, parse, text_of
-from tests.scripted import ScriptedWorker
-from tests.served import serving
+from tests.scripted import ArchivingWorker
 
 URL = "/v1/responses"
 ASK = {"input": "hello"}
 BACK = {**ASK, "background": True}
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
-
-
-@pytest.fixture
-async def start(redis_url):
-    """Start gateways with settings of the test's choice; they end with the test."""
-    async with contextlib.AsyncExitStack() as running:
-
-        async def start(**settings):
-            return await running.enter_async_context(serving(redis_url, **settings))
-
-        yield start
-
-
-@pytest.fixture
-async def client(start):
-    return await start()
 
 
 async def claimed(worker):
@@ -342,23 +315,12 @@ async def test_viewers_that_left_are_forgotten(client, worker):
     check_whole(await staying)
 
 
-class BusyWorker(ScriptedWorker):
-    """Its sessions are to be archived."""
-
-    def __init__(self, store):
-        super().__init__(store)
-        self.log = SessionLog(store, archived=True)
-        self.queue = SessionQueue(
-            store, kept_seconds=60, watch_ms=60_000, archived=True, model=self.model
-        )
-
-
 @pytest.fixture
 async def archiving(start, store, tmp_path, monkeypatch):
     """A gateway that archives, its worker, and the archive's file."""
     monkeypatch.setattr(archive_module, "BUSY_SECONDS", 0.05)
     monkeypatch.setattr(upkeep, "RETAKE_SECONDS", 1)
-    worker = BusyWorker(store)
+    worker = ArchivingWorker(store)
     await worker.announce()
     path = str(tmp_path / "sessions.db")
     return await start(persist_sessions=True, sessions_db_path=path), worker, path

@@ -16,29 +16,6 @@ CHAT = "/v1/chat/completions"
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 
 
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
-
-
-@pytest.fixture
-async def start(redis_url):
-    """Start gateways with settings of the test's choice; they end with the test."""
-    async with contextlib.AsyncExitStack() as running:
-
-        async def start(**settings):
-            return await running.enter_async_context(serving(redis_url, **settings))
-
-        yield start
-
-
-@pytest.fixture
-async def client(start):
-    return await start()
-
-
 async def begin(client, session_id="s", headers=None, **more):
     """Queue a session, and leave once its first event is there."""
     body = {**BODY, "stream": True, "session_id": session_id, **more}

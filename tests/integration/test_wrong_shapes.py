@@ -10,18 +10,10 @@ from shared.fleet import Fleet
 from shared.overdue import Overdue
 from shared.presence import Presence
 from shared.session_log import Append, SessionLog
-from tests.scripted import ScriptedWorker
 from tests.served import serving
 from tests.shapes import BROKEN, field, submit_broken
 
 HELLO = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-
-
-@pytest.fixture
-async def worker(store):
-    worker = ScriptedWorker(store)
-    await worker.announce()
-    return worker
 
 
 def nothing(pipe, sid):
