@@ -158,6 +158,10 @@ class Producer:
         await self.worker.finish(session)
 
 
+class Held(bytes):
+    """An answer after which the connection stays open for 1.1 s."""
+
+
 class Script:
     """An HTTP server that gives one prepared answer per request, and keeps the requests."""
 
@@ -179,10 +183,13 @@ class Script:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.requests.append((headers, body))
         self.times.append(asyncio.get_running_loop().time())
-        writer.write(self.answers.pop(0))
+        answer = self.answers.pop(0)
+        writer.write(answer)
         if not self.answers:
             self._server.close()  # from now on connections are refused
         await writer.drain()
+        if isinstance(answer, Held):
+            await asyncio.sleep(1.1)
         writer.close()
 
 

@@ -1,5 +1,5 @@
 export interface ResumingFetchOptions {
-  /** Attempts in a row that bring no event, before the first error is thrown. Default 8. */
+  /** Attempts in a row that bring no event and no stream that stands for a second, before the first error is thrown. Default 8. */
   maxRetries?: number;
   /** Milliseconds before the second attempt; doubles with each, less up to half by chance. Default 250. */
   backoffMs?: number;

@@ -4,6 +4,8 @@
  */
 
 const RETRYABLE = new Set([408, 425, 429, 500, 502, 503, 504]);
+const MISSING = 404; // what a stream goes on from: a server that lost its data may yet get it back
+const STANDING_MS = 1000; // a resumed stream that stood so long was no failed attempt
 const MAX_RETRY_AFTER_MS = 120_000;
 const MAX_UNANSWERED = 64;
 
@@ -62,9 +64,10 @@ export function resumingFetch(fetch = globalThis.fetch, options = {}) {
         call.failed(error);
         continue;
       }
-      if (isStream(response)) return response.body.getReader();
+      if (isStream(response)) return call.opened(response.body.getReader());
       await response.body?.cancel().catch(() => {});
-      if (!RETRYABLE.has(response.status)) call.tries = policy.maxRetries; // it gets no better
+      const status = response.status;
+      if (!RETRYABLE.has(status) && status !== MISSING) call.tries = policy.maxRetries; // it gets no better
       const asked = response.headers.get("retry-after") ?? "";
       askedMs = /^\d+$/.test(asked) ? Math.min(asked * 1000, MAX_RETRY_AFTER_MS) : 0;
     }
@@ -80,7 +83,7 @@ export function resumingFetch(fetch = globalThis.fetch, options = {}) {
   }
 
   function wrap(call, response) {
-    let reader = response.body.getReader();
+    let reader = call.opened(response.body.getReader());
     async function pull(controller) {
       for (;;) {
         try {
@@ -113,8 +116,9 @@ export function resumingFetch(fetch = globalThis.fetch, options = {}) {
 /** One chat request over all its attempts: what to send, and what to pass on. */
 class Call {
   done = false;
-  tries = 0; // since the last event
+  tries = 0; // in a row, since something came or stood
   cause = undefined; // the first error since then
+  #openedAt = Infinity; // when the stream that is read was accepted, ms
   encoder = new TextEncoder();
   #decoder = new TextDecoder();
   #held = "";
@@ -203,9 +207,17 @@ class Call {
     return out;
   }
 
+  /** Note that a stream has begun; returns its reader. */
+  opened(reader) {
+    this.#openedAt = performance.now();
+    return reader;
+  }
+
   /** Forget what will come again; an abort is no failure, and is thrown on. */
   failed(error) {
     if (this.signal.aborted) throw error;
+    if (performance.now() - this.#openedAt >= STANDING_MS) [this.tries, this.cause] = [0, undefined];
+    this.#openedAt = Infinity;
     this.#held = "";
     this.#decoder = new TextDecoder();
     this.cause ??= error;

@@ -33,6 +33,8 @@ else:  # a subclass of both libraries' classes serves the clients of both
 _LOST = tuple(e for lib in _LIBRARIES for e in (lib.NetworkError, lib.RemoteProtocolError))
 _BROKEN = (*_LOST, *(lib.TimeoutException for lib in _LIBRARIES))
 _RETRYABLE = {408, 425, 429, 500, 502, 503, 504}
+_MISSING = 404  # what a stream goes on from: a server that lost its data may yet get it back
+_STANDING_SECONDS = 1.0  # a resumed stream that stood so long was no failed attempt
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 _ID = re.compile(rb"^id: ?([^\r\n]+)", re.MULTILINE)
 _DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
@@ -45,8 +47,9 @@ class _Call:
         self._request, self._library = request, library
         self._last_id = self._held = b""
         self.done = self.closed = False
-        self.tries = 0  # since the last event
+        self.tries = 0  # in a row, since something came or stood
         self.cause: Any = None  # the first error since then
+        self._opened: float | None = None  # when the stream that is read was accepted
         request.headers["idempotency-key"] = key
         request.headers["accept-encoding"] = "identity"  # events are told apart as they come
 
@@ -77,9 +80,16 @@ class _Call:
             self.tries, self.cause = 0, None
         return held[:safe]
 
+    def opened(self) -> None:
+        """Note that a stream has begun."""
+        self._opened = time.monotonic()
+
     def failed(self, error: Exception | None = None) -> None:
         """Forget what will come again; without an error, the stream has ended before its time."""
         self._held = b""
+        opened, self._opened = self._opened, None
+        if opened is not None and time.monotonic() - opened >= _STANDING_SECONDS:
+            self.tries, self.cause = 0, None
         early = self._library.RemoteProtocolError("No [DONE] came.", request=self._request)
         self.cause = self.cause or error or early
 
@@ -89,7 +99,8 @@ class _Resumer:
 
     Args:
         transport: sends the requests; by default a plain one of the client's library.
-        max_retries: attempts in a row that bring no event, before the first error is raised.
+        max_retries: attempts in a row that bring no event and no stream that stands for a second,
+            before the first error is raised.
         backoff: seconds before the second attempt; doubles with each, less up to half by chance.
         max_backoff: what it doubles to, seconds. A `Retry-After` (up to 120 s) may exceed it.
         fallbacks: origins (`https://other:3000`) of more gateways on the same Redis, tried in
@@ -135,6 +146,7 @@ class _Resumer:
                 unanswered = self._unanswered.setdefault(same, [])
                 unanswered.append(request.headers["idempotency-key"])
         if _is_stream(response):
+            call.opened()
             response.stream = _Stream(self, call, response.stream)
         return response
 
@@ -158,9 +170,10 @@ class _Resumer:
             except _BROKEN:
                 continue
             if _is_stream(response) and not call.closed:
+                call.opened()
                 return response.stream
             await _result(getattr(response, self._names[2])())
-            if response.status_code not in _RETRYABLE:
+            if response.status_code not in _RETRYABLE and response.status_code != _MISSING:
                 call.tries = self._max_retries  # a later answer would be no better
             asked = response.headers.get("retry-after", "")
             asked_seconds = min(float(asked), 120) if asked.isdigit() else 0

@@ -17,6 +17,7 @@ from tests.client_kit import (
     PROGRAM_SECONDS,
     STREAM,
     CutProxy,
+    Held,
     Producer,
     Script,
     budgets,
@@ -234,6 +235,30 @@ async def test_retry_after_is_obeyed_on_a_resume(js):
     async with Script(STREAM + chunk(0, "a"), busy, STREAM + DONE) as server:
         assert contents(await read(js, "openai", server.url)) == ["a"]
     assert server.times[2] - server.times[1] >= 1
+
+
+async def test_a_resume_that_stands_is_no_failed_attempt(js):
+    """Who waits for an event over connections that stand goes on, however often they break."""
+    answers = STREAM + chunk(0, "a"), Held(STREAM), STREAM + chunk(1, "b") + DONE
+    async with Script(*answers) as server:
+        options = {**QUICK, "maxRetries": 1}
+        assert contents(await read(js, "openai", server.url, options=options)) == ["a", "b"]
+
+
+async def test_resumes_that_break_at_once_are_failed_attempts(js):
+    """A server that accepts each resume and brings nothing is given up."""
+    async with Script(STREAM + chunk(0, "a"), STREAM, STREAM, STREAM + DONE) as server:
+        options = {**QUICK, "maxRetries": 2}
+        result = await read(js, "openai", server.url, options=options)
+    assert result == {"error": "TypeError", "message": "The stream ended before [DONE]."}
+    assert len(server.requests) == 3
+
+
+async def test_a_session_that_is_missing_may_come_back(js):
+    """A server that has lost the session for a moment is asked again."""
+    lost = status("404 Not Found")
+    async with Script(STREAM + chunk(0, "a"), lost, STREAM + chunk(1, "b") + DONE) as server:
+        assert contents(await read(js, "openai", server.url)) == ["a", "b"]
 
 
 async def test_a_refused_resume_is_final(js):

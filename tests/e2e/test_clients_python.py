@@ -19,6 +19,7 @@ from tests.client_kit import (
     DONE,
     STREAM,
     CutProxy,
+    Held,
     Producer,
     Script,
     budgets,
@@ -275,6 +276,30 @@ async def test_retry_after_is_obeyed_on_a_resume(redis_url):
         with sdk(server.url) as client:
             assert await asyncio.to_thread(contents, client) == ["a"]
     assert server.times[2] - server.times[1] >= 1
+
+
+async def test_a_resume_that_stands_is_no_failed_attempt(redis_url):
+    """Who waits for an event over connections that stand goes on, however often they break."""
+    answers = STREAM + chunk(0, "a"), Held(STREAM), STREAM + chunk(1, "b") + DONE
+    async with Script(*answers) as server:
+        with sdk(server.url, max_retries=1) as client:
+            assert await asyncio.to_thread(contents, client) == ["a", "b"]
+
+
+async def test_resumes_that_break_at_once_are_failed_attempts(redis_url):
+    """A server that accepts each resume and brings nothing is given up."""
+    async with Script(STREAM + chunk(0, "a"), STREAM, STREAM, STREAM + DONE) as server:
+        with sdk(server.url, max_retries=2) as client, pytest.raises(openai.APIConnectionError):
+            await asyncio.to_thread(contents, client)
+    assert len(server.requests) == 3
+
+
+async def test_a_session_that_is_missing_may_come_back(redis_url):
+    """A server that has lost the session for a moment is asked again."""
+    lost = status("404 Not Found")
+    async with Script(STREAM + chunk(0, "a"), lost, STREAM + chunk(1, "b") + DONE) as server:
+        with sdk(server.url) as client:
+            assert await asyncio.to_thread(contents, client) == ["a", "b"]
 
 
 async def test_a_refused_resume_is_final(redis_url):
