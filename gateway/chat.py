@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -30,6 +31,10 @@ log = logging.getLogger("unbroken.chat")
 router = APIRouter()
 
 PARSE_IN_THREAD_BYTES = 2**18
+
+REWRITE_SECONDS = 5.0
+"""How long a live session's log may take to reach a place that a client has seen: a Redis that was
+killed comes back without its last moments, which the session's worker writes again."""
 
 _BODY_DOC = {
     "requestBody": {
@@ -113,13 +118,17 @@ async def owned_record(services: Services, session_id: str, owner: str) -> Sessi
 
 async def check_place(
     services: Services, session_id: str, record: SessionRecord, after: int
-) -> None:
-    """Check that the log can be read from behind event `after` on.
+) -> SessionRecord:
+    """Check that the log can be read from behind event `after` on; returns the newest record.
 
     Raises:
         UnbrokenError: `invalid_value`, where it has no such event yet; `events_expired`, where what
             follows is no longer kept.
     """
+    until = time.monotonic() + REWRITE_SECONDS
+    while after > record.last and not record.has_ended and time.monotonic() < until:
+        await asyncio.sleep(REWRITE_SECONDS / 50)
+        record = await owned_record(services, session_id, record.owner)
     if after > record.last:
         raise UnbrokenError(
             "invalid_value", "Last-Event-ID is beyond the session's end.", "Last-Event-ID"
@@ -131,6 +140,7 @@ async def check_place(
                 "events_expired", "These events are no longer kept.", "Last-Event-ID"
             )
     await say_watched(services, session_id, record)
+    return record
 
 
 async def resume(services: Services, owner: str, cursor: Cursor, body: bytes) -> Response:
@@ -147,7 +157,7 @@ async def resume(services: Services, owner: str, cursor: Cursor, body: bytes) ->
         if isinstance(options, dict):
             include_usage = options.get("include_usage") is True
     record = await owned_record(services, cursor.session_id, owner)
-    await check_place(services, cursor.session_id, record, cursor.index)
+    record = await check_place(services, cursor.session_id, record, cursor.index)
     meter.resumed()
     log.info("resume", extra={"session": cursor.session_id, "index": cursor.index})
     usage = record.include_usage if include_usage is None else include_usage

@@ -145,7 +145,7 @@ async def _events(
     after = cursor.index if cursor else -1
     if record.has_ended and after == record.last:
         return Response(status_code=204, headers={"x-session-id": session_id})
-    await check_place(services, session_id, record, after)
+    record = await check_place(services, session_id, record, after)
     if cursor:
         meter.resumed()
     return _stream(services, session_id, record, after=after, include_usage=record.include_usage)

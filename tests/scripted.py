@@ -48,6 +48,10 @@ class ScriptedWorker:
         self._next[claimed.session_id] = max(last + 1, index)
         return last
 
+    def rewind(self, claimed: Claimed) -> None:
+        """Go back by one delta, which is to be said again."""
+        self._next[claimed.session_id] -= 1
+
     async def finish(self, claimed: Claimed, reason="stop") -> bool:
         index = self._next[claimed.session_id]
         usage = Usage(7, index - 1)

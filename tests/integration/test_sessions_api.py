@@ -127,6 +127,26 @@ async def test_bad_places_are_400_on_both_ways(client, worker, cursor, status, c
     assert await worker.claim() == []
 
 
+async def test_a_place_that_redis_has_lost_is_waited_for(client, worker, store):
+    """A client that has seen more than a Redis which came back knows goes on behind that."""
+    await begin(client)
+    [claimed] = await worker.claim()
+    await worker.say(claimed, "one")
+    names = [keys.session("s"), keys.events("s")]
+    before = [await store.redis.dump(name) for name in names]
+    await worker.say(claimed, "two")
+    for name, value in zip(names, before, strict=True):
+        await store.redis.restore(name, 60_000, value, replace=True)
+    resumed = asyncio.create_task(client.post(CHAT, headers={"last-event-id": "s:2"}))
+    done, _ = await asyncio.wait({resumed}, timeout=0.3)
+    assert not done
+    worker.rewind(claimed)
+    await worker.say(claimed, "two")
+    await worker.say(claimed, "three")
+    await worker.finish(claimed)
+    assert (await resumed).text.startswith("id: s:3\n")
+
+
 async def test_two_different_places_are_400(client, worker):
     """A request that contradicts itself is refused; saying the same twice is no contradiction."""
     await ended(client, worker)
