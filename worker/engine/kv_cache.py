@@ -42,8 +42,11 @@ class SlotLayer(CacheLayerMixin):
 
     def resize(self, rows: int, capacity: int) -> None:
         """Change to `rows` and `capacity`; what is stored in both old and new stays where it is."""
-        if self.is_initialized and self.keys.shape[::2] != (rows, capacity):
+        if not self.is_initialized:
+            return
+        if self.keys.shape[::2] != (rows, capacity):
             self.keys = _resized(self.keys, rows, capacity)
+        if self.values.shape[::2] != (rows, capacity):  # each for itself: memory may end in between
             self.values = _resized(self.values, rows, capacity)
 
     def update(
@@ -180,10 +183,19 @@ class SlotCache(Cache):
         if not self.fits(rows, tokens):
             raise ValueError(f"{rows} rows of {tokens} tokens do not fit the cache's bounds")
         new_rows, new_capacity = self._shape(rows, tokens)
-        for layer in self.layers:
-            layer.resize(new_rows, new_capacity)
-        # Last: had a layer found no memory, the next call sizes all of them again.
-        plan.rows, plan.capacity = new_rows, new_capacity
+        try:
+            for layer in self.layers:
+                layer.resize(new_rows, new_capacity)
+            plan.rows, plan.capacity = new_rows, new_capacity
+        except Exception:  # a layer found no memory, and those before it may have shrunk
+            plan.rows, plan.capacity = self._smallest()
+            raise
+
+    def _smallest(self) -> tuple[int, int]:
+        """Return the sizes that all layers have at least, keys and values."""
+        ready = [layer for layer in self.layers if layer.is_initialized]
+        shapes = [stored.shape for layer in ready for stored in (layer.keys, layer.values)]
+        return min(shape[0] for shape in shapes), min(shape[2] for shape in shapes)
 
     def release(self) -> None:
         """Give all memory back, with what is stored."""
@@ -223,8 +235,8 @@ class SlotCache(Cache):
     def scrub(self, row: int) -> None:
         """Zero a row whose numbers are not finite, so that they cannot reach its next tenant."""
         for layer in self.layers:
-            layer.keys[row].zero_()
-            layer.values[row].zero_()
+            layer.keys[row : row + 1].zero_()  # a lack of memory may have taken the row
+            layer.values[row : row + 1].zero_()
 
 
 def _doubled(size: int, needed: int, bound: int) -> int:
