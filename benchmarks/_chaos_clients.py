@@ -29,6 +29,25 @@ EVENT = re.compile(rb"(?:^id: ?\S*:(\d+)\n)?(?:^retry: .*\n)?^data: ?(.*)\n\n", 
 
 
 @dataclass
+class Attempt:
+    """One request of a stream: when it was sent (monotonic seconds), to which port, what came.
+
+    `answered` is when its headers came, `ended` when its body broke off; 0 where they did not.
+    """
+
+    at: float
+    port: int
+    outcome: str = "open"
+    answered: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a stream began."""
+        return self.outcome.startswith("200")
+
+
+@dataclass
 class Stream:
     """One stream: what was asked, and all that its client saw. Times are monotonic seconds."""
 
@@ -46,11 +65,18 @@ class Stream:
     errors: list[str] = field(default_factory=list)
     cut: bool = False  # asked to break its connection
     cuts: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
         """Whether it came to its end."""
         return self.dones > 0
+
+    def trail(self) -> list[str]:
+        """Say when, in seconds since its last event, which port was asked, and what came of it."""
+        last = self.times[-1] if self.times else self.began
+        late = [a for a in self.attempts if max(a.at, a.ended) >= last]
+        return [f"{a.at - last:+.1f}..{a.ended - last:+.1f} :{a.port} {a.outcome}" for a in late]
 
     def feed(self, data: bytes, now: float) -> None:
         """Take bytes, which the transport hands out in whole events."""
@@ -92,8 +118,15 @@ class _Wire(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         assert self.stream is not None
         self.stream.port = request.url.port or 0
-        response = await self._inner.handle_async_request(request)
-        response.stream = _Breakable(response.stream, self.stream, self._rng)
+        attempt = Attempt(time.monotonic(), self.stream.port)
+        self.stream.attempts.append(attempt)
+        try:
+            response = await self._inner.handle_async_request(request)
+        except httpx.TransportError as error:
+            attempt.outcome, attempt.ended = type(error).__name__, time.monotonic()
+            raise
+        attempt.outcome, attempt.answered = str(response.status_code), time.monotonic()
+        response.stream = _Breakable(response.stream, self.stream, self._rng, attempt)
         return response
 
     async def aclose(self) -> None:
@@ -101,17 +134,23 @@ class _Wire(httpx.AsyncBaseTransport):
 
 
 class _Breakable(httpx.AsyncByteStream):
-    def __init__(self, inner: Any, stream: Stream, rng: random.Random) -> None:
-        self._inner, self._stream, self._rng = inner, stream, rng
+    def __init__(self, inner: Any, stream: Stream, rng: random.Random, attempt: Attempt) -> None:
+        self._inner, self._stream, self._rng, self._attempt = inner, stream, rng, attempt
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for data in self._inner:
-            if self._stream.cut:  # in the middle of what came, wherever that is
-                self._stream.cut = False
-                self._stream.cuts += 1
-                yield data[: self._rng.randrange(len(data) + 1)]
-                raise httpx.ReadError("cut")
-            yield data
+        try:
+            async for data in self._inner:
+                if self._stream.cut:  # in the middle of what came, wherever that is
+                    self._stream.cut = False
+                    self._stream.cuts += 1
+                    yield data[: self._rng.randrange(len(data) + 1)]
+                    raise httpx.ReadError("cut")
+                yield data
+        except httpx.TransportError as error:
+            self._attempt.outcome += f" {type(error).__name__}"
+            raise
+        finally:
+            self._attempt.ended = time.monotonic()
 
     async def aclose(self) -> None:
         await self._inner.aclose()

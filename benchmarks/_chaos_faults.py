@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from shared import keys
 from shared.fleet import WorkerInfo
+from shared.queue import LEASE_MS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks._chaos_clients import Client, Stream
     from benchmarks._chaos_stack import Part, Stack
 
-LONGEST_PAUSE = 1.9
+LONGEST_PAUSE = 1.7
 FREEZE_SECONDS = {"worker": (3.0, 5.0), "gateway": (0.5, 2.5), "redis": (0.5, 3.0)}
 
 KINDS = {
@@ -38,6 +39,11 @@ KINDS = {
     "client cut": 3,
 }
 """Each kind of fault, and how often it is drawn among the others."""
+
+QUIET_SHARE = 0.5
+QUIET_SECONDS = {"worker": 4.5, "gateway": 2.0, "redis": 2.0}
+"""For so long (beside the outage) a share of the faults stays the only one of those that it hit, so
+that their silence has one cause: meanwhile only connections of others are cut."""
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Faults:
         self._rng = random.Random(seed)
         self._frozen: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._quiet_until = 0.0  # monotonic
         self.done: list[Fault] = []
 
     async def run(self, seconds: float) -> None:
@@ -77,7 +84,10 @@ class Faults:
         while due < end:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due = time.monotonic() + self._rng.uniform(0.5, LONGEST_PAUSE)
-            await self._inject(list(KINDS))
+            if time.monotonic() < self._quiet_until:
+                self._cut_a_bystander()
+            else:
+                await self._inject(list(KINDS))
         await asyncio.gather(*self._tasks)
 
     async def _inject(self, kinds: list[str]) -> None:
@@ -85,7 +95,7 @@ class Faults:
         while True:
             kind = self._rng.choices(kinds, [KINDS[k] for k in kinds])[0]
             if kind == "client cut":
-                self._cut()
+                self._cut_some()
                 return
             part = await self.target(kind.split()[0])
             if part is not None:
@@ -93,12 +103,23 @@ class Faults:
                 return
             kinds = [k for k in kinds if k.split()[0] != kind.split()[0]]
 
-    def _cut(self) -> None:
+    def _cut_some(self) -> None:
         running = [s for s in self.streams() if s.times]
-        hit = self._rng.sample(running, min(len(running), self._rng.randint(1, 4)))
+        self._cut(self._rng.sample(running, min(len(running), self._rng.randint(1, 4))))
+
+    def _cut(self, hit: list[Stream]) -> None:
         self.done.append(Fault("client cut", time.monotonic(), hit=hit))
         for stream in hit:
             stream.cut = True
+
+    def _cut_a_bystander(self) -> None:
+        """Cut a stream that the last fault did not hit, or one of those if it hit them all."""
+        last = next(fault for fault in reversed(self.done) if fault.kind != "client cut")
+        running = [stream for stream in self.streams() if stream.times]
+        spared = set(map(id, last.hit))
+        others = [stream for stream in running if id(stream) not in spared]
+        hit = self._rng.sample(others or running, 1) if running else []
+        self._cut(hit)
 
     def streams(self) -> list[Stream]:
         """Return the streams that are read now."""
@@ -147,7 +168,7 @@ class Faults:
         before = await self.hit_by(part) if number == signal.SIGTERM else None
         fault = Fault(kind, time.monotonic())
         if not part.signal(number):
-            self._cut()
+            self._cut_some()
             return
         self.done.append(fault)
         if number == signal.SIGSTOP:
@@ -160,6 +181,8 @@ class Faults:
                 self._begin(self._time_outage(fault))
         else:  # a dead or frozen worker's leases still stand; who stops gives them away at once
             fault.hit = await self.hit_by(part) if before is None else before
+        if self._rng.random() < QUIET_SHARE:
+            self._quiet_until = fault.at + fault.outage + QUIET_SECONDS[part.kind]
 
     def _begin(self, work: object) -> None:
         task = asyncio.create_task(work)  # type: ignore[arg-type]
@@ -184,12 +207,13 @@ class Faults:
         streams = self.streams()
         if part.kind == "gateway":
             return [s for s in streams if s.port == part.port]
+        patience = LEASE_MS / 2000  # a dead worker's leases stand that long at least
         known = [s for s in streams if s.session_id]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for stream in known:
                     pipe.hget(keys.session(stream.session_id), "lease")
-                leases = await asyncio.wait_for(pipe.execute(), 0.5)
+                leases = await asyncio.wait_for(pipe.execute(), patience)
         except (RedisError, OSError, asyncio.TimeoutError):
             return []
         mine = f"{part.name}:".encode()

@@ -19,7 +19,9 @@ from benchmarks._chaos_verdict import (
     Silence,
     count_kinds,
     percentile,
+    resumed_after,
     silences,
+    start_seconds,
     takeovers,
 )
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from benchmarks._chaos_clients import Stream
     from benchmarks._chaos_faults import Fault
+    from benchmarks._chaos_load import Load
 
 RESULTS = ROOT / "benchmarks" / "results"
 BROKEN = (
@@ -40,13 +43,16 @@ BROKEN = (
 )
 """The figures that must be 0."""
 
+RECONNECTING = ("gateway SIGKILL", "gateway SIGTERM", "client cut")
+"""Faults after which clients open new connections."""
+
 TABLE = """| longest silence of streams hit by | streams | p50 / p99, s | less the absence | aim | |
 |---|---|---|---|---|---|"""
 
 
 @dataclass
 class Run:
-    """What a run has left: the streams, their logs and judgements, the faults, workers' logs."""
+    """What a run has left: streams, their logs and judgements, faults, workers' logs, the load."""
 
     streams: Sequence[Stream]
     logs: dict[str, Log]
@@ -54,6 +60,7 @@ class Run:
     faults: Sequence[Fault]
     worker_logs: Sequence[dict[str, Any]]
     seconds: float
+    load: Load
 
 
 def figures(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -82,6 +89,14 @@ def figures(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "dropped_by_old_workers": len(dropped),
         "silence": _silence_table(found),
         "other_silence": _percentiles(unexplained),
+        "resume_accepted_after": {
+            kind: _percentiles(seconds)
+            for kind, seconds in resumed_after(run.faults).items()
+            if kind in RECONNECTING
+        },
+        "worker_starts": _percentiles(start_seconds(run.worker_logs)),
+        "machine_busy": round(run.load.busy, 2),
+        "timer_lag_ms": [round(1e3 * percentile(run.load.lags, q), 1) for q in (0.5, 0.99, 1)],
         "load_average": round(os.getloadavg()[0], 1),
         "arguments": {k: v for k, v in vars(args).items() if k != "save"},
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, "
@@ -133,7 +148,22 @@ Sessions dropped by workers that woke: {found["dropped_by_old_workers"]}.
 
 {TABLE}
 {chr(10).join(rows)}
-| none of these | {found["streams"]} | {p50} / {p99} | | | |"""
+| none of these | {found["streams"]} | {p50} / {p99} | | | |
+
+{_machine(found)}"""
+
+
+def _machine(found: dict[str, Any]) -> str:
+    """Say what of the silences is the machine's, and no fault's."""
+    accepted = found["resume_accepted_after"].items()
+    resumes = ", ".join(f"{kind} {p50} / {p99}" for kind, (p50, p99) in accepted)
+    pace, lag, starts = found["arguments"]["pace"], found["timer_lag_ms"], found["worker_starts"]
+    return f"""\
+Streams are paced at {pace:g} tokens a second (0: not at all), so that the faults are measured and \
+not the load; their pauses are {1 / pace if pace else 0:.2f} s without any fault. The machine was \
+{found["machine_busy"]:.0%} busy: a timer of the clients' process was late by {lag[0]} / {lag[1]} \
+/ {lag[2]} ms (p50 / p99 / longest), and a worker took {starts[0]} / {starts[1]} s to start. A new \
+connection was accepted after (p50 / p99, s): {resumes}."""
 
 
 def _row(name: str, figures: dict[str, Any]) -> str:

@@ -109,13 +109,13 @@ class Stack:
 
     def _worker_id(self, number: int) -> str:
         """Return the id that the worker's newest process gave itself; empty while it starts."""
-        newest = ""
-        for line in self.log_lines(f"worker-{number}"):
-            if line.get("message") == "startup":
-                newest = line["worker"]
-            elif line.get("message") == "stopped":
-                newest = ""
-        return newest
+        path = self.folder / "logs" / f"worker-{number}.log"
+        for line in reversed(path.read_text(errors="replace").splitlines()):
+            if '"stopped"' in line:
+                return ""
+            if '"startup"' in line:
+                return str(json.loads(line)["worker"])
+        return ""
 
     def log_lines(self, name: str) -> Iterator[dict[str, Any]]:
         """Yield the lines of a part's log, over all of its lives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -195,6 +196,25 @@ def _pause_after(times: Sequence[float], at: float) -> int | None:
         if after > at and before < at + WINDOW
     ]
     return max(pauses)[1] if pauses else None
+
+
+def resumed_after(faults: Iterable[Fault]) -> dict[str, list[float]]:
+    """Return, per kind of fault, how long after the break of a stream it was accepted again, s."""
+    found = defaultdict[str, list[float]](list)
+    for fault in faults:
+        for stream in fault.hit:
+            accepted = [a for a in stream.attempts if a.accepted]
+            for broken, following in pairwise(accepted):
+                if broken.ended > fault.at:
+                    found[fault.kind].append(following.answered - broken.ended)
+                    break
+    return dict(found)
+
+
+def start_seconds(lines: Iterable[dict[str, Any]]) -> list[float]:
+    """Read from the workers' logs how long each start took, seconds."""
+    found = [re.match(r"model ready after ([0-9.]+) s", line.get("message", "")) for line in lines]
+    return [float(match[1]) for match in found if match]
 
 
 @dataclass

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import dataclasses
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,12 +26,14 @@ from benchmarks import _chaos_verdict as verdict
 from benchmarks._chaos_cases import kind, make_cases
 from benchmarks._chaos_clients import Client
 from benchmarks._chaos_faults import Faults
+from benchmarks._chaos_load import Load
 from benchmarks._chaos_report import Run, figures, is_kept, write
 from benchmarks._chaos_stack import Stack
 from shared.store import Store, connect
+from shared.tasks import stop as stop_task
 
 REDIS_RETRIES = 30
-AT_ONCE = 8
+AT_ONCE = 24
 """Cases that are answered at the same time when nothing disturbs them."""
 
 
@@ -82,9 +85,11 @@ async def chaos(stack: Stack, args: argparse.Namespace) -> dict[str, Any]:
     spent = time.monotonic() - began
     alone = sum(len(ids) for truth in truths for ids in truth.tokens.values())
     print(f"{len(cases)} cases undisturbed: {alone} tokens, {alone / spent:.0f} per second")
-    began = time.monotonic()
+    began, load = time.monotonic(), Load()
+    watch = asyncio.create_task(load.watch())
     clients, faults = await disturb(stack, store, cases, args)
     spent = time.monotonic() - began
+    await stop_task(watch)
     streams = [stream for client in clients for stream in client.streams]
     logs = {s.session_id: await verdict.read_log(store, s.session_id) for s in streams}
     await store.close()
@@ -93,7 +98,8 @@ async def chaos(stack: Stack, args: argparse.Namespace) -> dict[str, Any]:
         if not found.is_whole:
             note = dataclasses.replace(found, notes=sorted(set(found.notes)))
             print(f"{stream.session_id} ({kind(cases[stream.case])}): {note}")
-    run = Run(streams, logs, judged, faults.done, list(stack.worker_logs()), spent)
+            print(f"  since its last event: {', '.join(stream.trail())}")
+    run = Run(streams, logs, judged, faults.done, list(stack.worker_logs()), spent, load)
     return figures(run, args)
 
 
@@ -106,10 +112,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=32, help="streams at a time (32)")
     parser.add_argument("--seed", type=int, default=7, help="of everything that is drawn (7)")
     parser.add_argument("--cases", type=int, default=24, help="different requests (24)")
-    parser.add_argument("--tokens", type=int, default=500, help="of an answer, about (500)")
+    parser.add_argument("--tokens", type=int, default=300, help="of an answer, about (300)")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--dtype", default="float64", help="the model's (float64: no near ties)")
+    parser.add_argument("--pace", type=float, default=12, help="tokens/s of a stream (12; 0: all)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/chaos-DATE")
     return parser.parse_args(argv)
 
@@ -117,8 +124,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Run it; the exit code is 1 where a promise was broken."""
     args = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also then the stack is stopped
     folder = Path(tempfile.mkdtemp(prefix="unbroken-chaos-"))
     env = {"TORCH_DTYPE": args.dtype, "SESSIONS_TTL_SECONDS": "86400", "LOG_LEVEL": "INFO"}
+    env["MAX_STEPS_PER_SECOND"] = str(args.pace)
     stack = Stack(folder / "data", gateways=args.gateways, workers=args.workers, env=env)
     kept = False
     try:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks._chaos_clients import Stream
-from benchmarks._chaos_faults import Fault
-from benchmarks._chaos_verdict import Log, Truth, judge, silences, takeovers
+from benchmarks._chaos_clients import Attempt, Stream
+from benchmarks._chaos_faults import Fault, Faults
+from benchmarks._chaos_verdict import (
+    Log,
+    Truth,
+    judge,
+    resumed_after,
+    silences,
+    start_seconds,
+    takeovers,
+)
 from shared.protocol import Delta, Finished, Started, Usage
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 4}
@@ -120,3 +128,42 @@ def test_takeovers_are_counted_from_the_workers_own_words():
     found = takeovers(lines, {"s": log}, [stream])
     assert (found.switches, found.sessions, found.rewound) == (1, 1, 0)
     assert found.prefilled_again == 2 * (5 + 2)
+
+
+def test_what_a_reconnection_took_is_told_from_the_silence():
+    """It is counted from the break to the next accepted answer, over what failed between."""
+    stream = Stream(0, "s")
+    stream.attempts = [
+        Attempt(0.0, 1, "200 ReadError", answered=0.1, ended=5.1),
+        Attempt(5.3, 2, "ConnectError", ended=5.3),
+        Attempt(5.8, 1, "503", answered=5.9),
+        Attempt(6.4, 1, "200", answered=6.6),
+    ]
+    found = resumed_after([Fault("gateway SIGKILL", 5.0, hit=[stream])])
+    assert found == {"gateway SIGKILL": [pytest.approx(1.5)]}
+    assert stream.trail()[1] == "+5.3..+5.3 :2 ConnectError"
+
+
+def test_starts_are_read_from_the_workers_logs():
+    """Each says how long its model took to be ready."""
+    lines = [{"message": "model ready after 12.5 s: demo | cpu"}, {"message": "model ready"}]
+    assert start_seconds(lines) == [12.5]
+
+
+class Client:
+    """One whose stream is under way."""
+
+    def __init__(self):
+        self.current = Stream(0, "s", times=[1.0])
+
+
+def test_a_quiet_time_spares_those_that_the_last_fault_hit():
+    """Only others are cut, one at a time, as long as there are any."""
+    clients = [Client() for _ in range(4)]
+    faults = Faults(None, None, clients, seed=7)
+    faults.done.append(Fault("worker SIGKILL", 1.0, hit=[c.current for c in clients[:3]]))
+    for _ in range(20):
+        faults._cut_a_bystander()
+    cut = [fault.hit for fault in faults.done[1:]]
+    assert all(len(hit) == 1 and hit[0] is clients[3].current for hit in cut)
+    assert [c.current.cut for c in clients] == [False, False, False, True]

@@ -1,4 +1,4 @@
-"""The Redis client's connections: what they send, and that all kinds of them send it the same way."""
+"""The Redis client: what its connections send, of whichever kind they are."""
 
 from __future__ import annotations
 
