@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.sse import SESSION_ID
@@ -77,6 +78,8 @@ class ChatCompletionRequest(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=8)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
 
 
@@ -105,7 +108,7 @@ def unsupported(param: str, why: str = "is not supported") -> UnbrokenError:
 def _refuse_unsupported(body: dict[str, Any]) -> None:
     """Refuse what would change the answer if it were ignored."""
     never = ("audio", "functions", "function_call", "web_search_options", "chat_template")
-    not_yet = ("tools", "reasoning_effort", "top_logprobs", "logprobs")
+    not_yet = ("tools", "reasoning_effort")
     for param in (*never, *not_yet):
         if body.get(param):
             raise unsupported(param)
@@ -165,7 +168,9 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
     generation = GenerationRequest(
         messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)),
-        sampling=sampling(chat, settings, max_tokens, chat.n or 1),
+        sampling=msgspec.structs.replace(
+            sampling(chat, settings, max_tokens, chat.n or 1), logprobs=_logprobs(chat)
+        ),
     )
     check_counts(generation, settings, "messages")
     options = chat.stream_options or StreamOptions()
@@ -178,6 +183,15 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
         session_id=chat.session_id,
         model=chat.model,
     )
+
+
+def _logprobs(chat: ChatCompletionRequest) -> int | None:
+    """Return how many of the likeliest tokens to tell with each one's probability; None: none."""
+    if chat.top_logprobs and not chat.logprobs:
+        raise UnbrokenError(
+            "invalid_value", "'top_logprobs' needs 'logprobs': true.", "top_logprobs"
+        )
+    return (chat.top_logprobs or 0) if chat.logprobs else None
 
 
 def check_counts(generation: GenerationRequest, settings: GatewaySettings, param: str) -> None:

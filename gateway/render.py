@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shared.errors import UnbrokenError
-from shared.protocol import Delta, Failed, Finished, Started, Usage
+from shared.protocol import Delta, Failed, Finished, ScoredDelta, Started, Usage
 
 if TYPE_CHECKING:
-    from shared.protocol import Channel, Event
+    from collections.abc import Iterable
+
+    from shared.protocol import Channel, Event, Scored, TokenScores
     from shared.session_log import SessionRecord
 
 _encode = msgspec.json.Encoder().encode
@@ -79,7 +81,7 @@ class ChunkRenderer:
     def chunk(self, event: Event) -> bytes:
         """Return an event's data: a chunk, or the error object of a failure."""
         if isinstance(event, Delta):
-            return self._join([_choice(event.choice, _delta(event), None)])
+            return self._join([_choice(event.choice, _delta(event), None, _logprobs([event]))])
         if isinstance(event, Started):
             delta = {"role": "assistant", "content": ""}
             return self._join([_choice(c, delta, None) for c in range(event.n)])
@@ -107,8 +109,37 @@ def _delta(event: Delta) -> dict[str, Any]:
     return {"content": event.text}
 
 
-def _choice(index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+def _choice(
+    index: int, delta: dict[str, Any], reason: str | None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _logprobs(deltas: Iterable[Delta]) -> dict[str, Any] | None:
+    """Return the `logprobs` of a choice's deltas, or None where they were not asked for.
+
+    Those of thoughts stand apart, so that `content` is about the message's `content`.
+    """
+    scored = [delta for delta in deltas if isinstance(delta, ScoredDelta)]
+    if not scored:
+        return None
+    tokens = {
+        channel: [_token(scores) for d in scored if d.channel == channel for scores in d.scores]
+        for channel in ("content", "reasoning")
+    }
+    found: dict[str, Any] = {"content": tokens["content"], "refusal": None}
+    return {**found, "reasoning_content": tokens["reasoning"]} if tokens["reasoning"] else found
+
+
+def _token(scores: TokenScores) -> dict[str, Any]:
+    return {**_scored(scores.drawn), "top_logprobs": [_scored(other) for other in scores.top]}
+
+
+def _scored(scored: Scored) -> dict[str, Any]:
+    token = scored.token
+    raw = token.encode() if isinstance(token, str) else bytes(token)
+    text = raw.decode(errors="replace")
+    return {"token": text, "bytes": list(raw), "logprob": scored.logprob}
 
 
 class CompletionBuilder:
@@ -117,6 +148,7 @@ class CompletionBuilder:
     def __init__(self, session_id: str, record: SessionRecord) -> None:
         self._id, self._record = session_id, record
         self._texts: dict[tuple[int, str], list[str]] = {}
+        self._scored: dict[int, list[Delta]] = {}
 
     def add(self, event: Event) -> dict[str, Any] | None:
         """Take the next event; returns the completion after the last one, else None.
@@ -126,6 +158,8 @@ class CompletionBuilder:
         """
         if isinstance(event, Delta):
             self._texts.setdefault((event.choice, event.channel), []).append(event.text)
+            if isinstance(event, ScoredDelta):
+                self._scored.setdefault(event.choice, []).append(event)
         elif isinstance(event, Failed):
             raise failure(event)
         elif isinstance(event, Finished):
@@ -141,7 +175,12 @@ class CompletionBuilder:
             "model": self._record.model,
             "system_fingerprint": self._record.fingerprint or None,
             "choices": [
-                {"index": c, "message": self._message(c), "logprobs": None, "finish_reason": reason}
+                {
+                    "index": c,
+                    "message": self._message(c),
+                    "logprobs": _logprobs(self._scored.get(c, ())),
+                    "finish_reason": reason,
+                }
                 for c, reason in enumerate(reasons)
             ],
             "usage": usage_json(event.usage),

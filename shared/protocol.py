@@ -59,7 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean off. `seed` is always set in a queued
     request (the gateway draws one where the client gives none); choice `c` of `n` draws with
-    `seed + c`.
+    `seed + c`. `logprobs` is how many of the likeliest tokens are told beside each drawn one, None
+    where nothing is.
     """
 
     max_tokens: int = 256
@@ -77,6 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -150,6 +152,29 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     channel: Channel = "content"
 
 
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    """A token's natural log probability, and its text, or its bytes where they are no text."""
+
+    logprob: float
+    token: str | tuple[int, ...]
+
+
+class TokenScores(msgspec.Struct, frozen=True, array_like=True):
+    """A drawn token, and the likeliest ones in its place, best first."""
+
+    drawn: Scored
+    top: tuple[Scored, ...] = ()
+
+
+class ScoredDelta(Delta, frozen=True, array_like=True, tag="p"):
+    """A delta of a request that asks for log probabilities.
+
+    `scores` are those of its tokens that show text, in order.
+    """
+
+    scores: tuple[TokenScores, ...] = ()
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     """The terminal event of a session that finished or was cancelled.
 
@@ -169,7 +194,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     param: str | None = None
 
 
-Event = Union[Started, Delta, Finished, Failed]
+Event = Union[Started, Delta, ScoredDelta, Finished, Failed]
 Terminal = (Finished, Failed)
 
 _event_encoder = msgspec.json.Encoder()

@@ -10,7 +10,7 @@ import msgspec
 
 from shared import protocol
 from shared.errors import UnbrokenError
-from shared.protocol import Delta, Failed, Finished, Usage
+from shared.protocol import Delta, Failed, Finished, ScoredDelta, Usage
 from shared.queue import RENEW_SECONDS
 from worker.engine.messages import Add
 from worker.meter import RunMeter, attributes, failed
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
     from shared.queue import Claimed, SessionQueue
     from shared.session_log import Entry, SessionLog, SessionRecord
-    from worker.engine.messages import Output, Prompt
+    from worker.engine.messages import Output, Piece, Prompt
     from worker.engine_client import EngineClient
     from worker.prompts import PromptBuilder
     from worker.publisher import Publisher, SessionWriter
@@ -64,6 +64,7 @@ class SessionJob:
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer: SessionWriter | None = None
         self._prompt_tokens = 0
+        self._scored = False  # whether log probabilities are asked for
         self._meter: RunMeter | None = None
         self._may_be_abandoned = False  # before it is known whether it needs a watcher
 
@@ -234,6 +235,7 @@ class SessionJob:
         *,
         trial: bool,
     ) -> None:
+        self._scored = request.sampling.logprobs is not None
         if self._meter:
             self._meter.in_engine(self._prompt_tokens, generated)
         for choice in range(request.sampling.n):
@@ -264,11 +266,16 @@ class SessionJob:
             self._meter.output(choice, output.completion_tokens)
         assert self._writer is not None  # noqa: S101 - run() opened it before the engine
         for piece in output.pieces:
-            self._writer.write(Delta(choice, piece.ids, piece.text, piece.channel))
+            self._writer.write(self._event(choice, piece))
         if output.finish:
             self._last[choice] = output
             if len(self._last) == len(self._handles):
                 self._done.set_result(None)
+
+    def _event(self, choice: int, piece: Piece) -> Delta:
+        if self._scored:
+            return ScoredDelta(choice, piece.ids, piece.text, piece.channel, piece.scores)
+        return Delta(choice, piece.ids, piece.text, piece.channel)
 
     def _ending(self, choices: int) -> Ending:
         cancelled = self._reason

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.publisher")
 
 MAX_BACKOFF = 1.0
-NO_IDS = re.compile(rb'\["d",\d+,\[\],')
+NO_IDS = re.compile(rb'\["[dp]",\d+,\[\],')
 """A delta whose token stands in the next one: the two go out together, or a successor would draw
 the token again behind half of its text."""
 

@@ -20,6 +20,7 @@ from worker.engine.messages import Piece
 OPEN, CLOSE = "<think>", "</think>"
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 SURE = 4  # an incomplete UTF-8 character has at most 3 bytes: of 4 tokens, one can be settled
+Marked = tuple[int, bool]  # a token, and whether its text is shown
 PATIENCE = 16  # tokens after which a text that ends in U+FFFD is taken as it is
 
 
@@ -96,11 +97,12 @@ class TextDecoder:
             return ids, text
         end = len(self._ids)
         for _ in self._open:
-            end = max(i for i in range(end) if self._is_open(self._ids[i]))
+            end = max(i for i in range(end) if self.shows(self._ids[i]))
         ids, self._ids = self._ids[:end], self._ids[end:]
         return ids, text
 
-    def _is_open(self, token: int) -> bool:
+    def shows(self, token: int) -> bool:
+        """Whether a token has text."""
         return token not in self._silent and token < self._size
 
 
@@ -273,15 +275,14 @@ class Detokenizer:
         if self._clear == len(self._text) and len(self._units) == len(self._runs) == 1:
             run = self._runs[0]
             if run.start == 0 and run.end == self._clear:  # nearly always
-                ids, text = self._units[0][0], self._text
+                tokens, text = self._units[0][0], self._text
                 self._reset()
-                return [Piece(tuple(ids), text, run.channel)]
-        pieces: list[tuple[Channel, list[int], list[str]]] = []
-        ids = []
+                return [_piece(run.channel, self._marked(tokens, shown=True), [text])]
+        pieces: list[tuple[Channel, list[Marked], list[str]]] = []
+        ids: list[Marked] = []
         start = 0
         while self._units and (final or self._units[0][1] <= self._clear):
             unit, end = self._units.popleft()
-            ids += unit
             shown = False
             for run in self._runs:
                 text = self._text[max(run.start, start) : min(run.end, end)]
@@ -290,6 +291,7 @@ class Detokenizer:
                         pieces.append((run.channel, [], []))
                     pieces[-1][2].append(text)
                     shown = True
+            ids += self._marked(unit, shown=shown)
             if shown:
                 pieces[-1][1].extend(ids)
                 ids = []
@@ -300,8 +302,11 @@ class Detokenizer:
                 pieces.append((channel, [], []))
             pieces[-1][1].extend(ids)
             ids = []
-        self._forget(start, ids)
-        return [Piece(tuple(ids), "".join(texts), channel) for channel, ids, texts in pieces]
+        self._forget(start, [token for token, _ in ids])
+        return [_piece(*piece) for piece in pieces]
+
+    def _marked(self, tokens: list[int], *, shown: bool) -> list[Marked]:
+        return [(token, shown and self._decoder.shows(token)) for token in tokens]
 
     def _reset(self) -> None:
         self._units.clear()
@@ -323,6 +328,11 @@ class Detokenizer:
             for run in self._runs
             if run.end > start
         ]
+
+
+def _piece(channel: Channel, ids: list[Marked], texts: list[str]) -> Piece:
+    quiet = tuple(place for place, (_, shown) in enumerate(ids) if not shown)
+    return Piece(tuple(token for token, _ in ids), "".join(texts), channel, quiet)
 
 
 def _overlap(text: str, word: str) -> int:

@@ -17,12 +17,14 @@ from shared.errors import UnbrokenError
 from shared.protocol import CancelReason, FinishReason
 from worker.engine.budget import bound
 from worker.engine.detokenizer import Detokenizer
+from worker.engine.drawing import Drawer
 from worker.engine.loader import LoadedModel, LoadError
+from worker.engine.logprobs import attach
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
 from worker.engine.model_runner import ModelRunner, UnsupportedModelError, lacks_memory
 from worker.engine.prefill import Fresh, Prefill
 from worker.engine.prefix_cache import PrefixCache
-from worker.engine.sampler import BAD_ROW, Sampler
+from worker.engine.sampler import BAD_ROW
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.stopping import build_stopping, finish_reason
@@ -67,7 +69,7 @@ class Engine:
         except UnsupportedModelError as error:
             log.exception("the model cannot be batched")
             raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
-        self.sampler = Sampler(self.runner.vocab_size, self.runner.device)
+        self.drawer = Drawer(self.runner.vocab_size, self.runner.device, loaded.tokenizer)
         self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
         self.prefixes = PrefixCache(self.runner.cache, limits.prefix_bytes)
@@ -117,7 +119,7 @@ class Engine:
         if logits is not None and draws:
             if len(draws) < len(rows):
                 rows, logits = [rows[i] for i in draws], logits[draws]
-            tokens = self._sample(logits, rows)
+            tokens = self.drawer.draw(logits, rows)
             views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
             drawn = zip(rows, tokens, views, strict=True)
             ended = [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
@@ -148,7 +150,7 @@ class Engine:
             self._fail(sequence, "context_length_exceeded", message)
             return
         try:
-            self.sampler.check(sequence.sampling)
+            self.drawer.sampler.check(sequence.sampling)
             done = self._prepare(sequence)
         except UnbrokenError as error:
             self._fail(sequence, error.code, error.message)
@@ -259,23 +261,6 @@ class Engine:
             self._close_gap(self.scheduler.put_back(newest))
         torch.cuda.empty_cache()  # without CUDA it does nothing
 
-    def _sample(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
-        """Draw a token per row; `BAD_ROW` where that is not possible."""
-        try:
-            return self.sampler.sample(logits, rows)
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            log.exception("sampling failed; trying row by row")
-        tokens = []
-        for index, sequence in enumerate(rows):
-            try:
-                tokens += self.sampler.sample(logits[index : index + 1], [sequence])
-            except Exception:
-                log.exception("sampling failed for a row")
-                tokens.append(BAD_ROW)
-        return tokens
-
     def _advance(self, sequence: Sequence, token: int, view: Tensor) -> bool:
         """Add a token to a sequence and say what it released; return whether that was its last."""
         if token == BAD_ROW:
@@ -312,6 +297,8 @@ class Engine:
         finish: FinishReason | None = None,
         cancelled: CancelReason | None = None,
     ) -> None:
+        if sequence.scores is not None:
+            pieces = attach(pieces, sequence.scores)
         self._outputs.append(
             Output(
                 sequence.handle,

@@ -10,7 +10,7 @@ from typing import Union
 
 import numpy as np
 
-from shared.protocol import CancelReason, Channel, FinishReason, SamplingParams
+from shared.protocol import CancelReason, Channel, FinishReason, SamplingParams, TokenScores
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,17 @@ class LoadFailed:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text released by new tokens, of one channel."""
+    """Text released by new tokens, of one channel.
+
+    `quiet` are the places in `ids` of tokens that show nothing; `scores` are those of the others,
+    where they are asked for.
+    """
 
     ids: tuple[int, ...]
     text: str
     channel: Channel
+    quiet: tuple[int, ...] = field(default=(), compare=False)
+    scores: tuple[TokenScores, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ Scheduler, model runner, sampler, stopping criteria and the engine's loop read a
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.protocol import SamplingParams
+from shared.protocol import SamplingParams, TokenScores
 from worker.engine.messages import Prompt
 
 TOKEN_KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})
@@ -46,6 +47,7 @@ class Sequence:
             placeholder of media; 0 for text.
         target: tokens that prefill computes; `length` grows up to it in one or more chunks.
         cached: tokens of the prompt that were copied from another sequence, not computed.
+        scores: log probabilities of drawn tokens that no piece has shown yet; None: not asked for.
         stopping: its own stopping criteria; set by the engine before it is scheduled.
         detokenizer: turns its tokens to text; set by the engine before it is scheduled.
     """
@@ -63,6 +65,7 @@ class Sequence:
         "prompt_ids",
         "rope_delta",
         "sampling",
+        "scores",
         "seed",
         "slot",
         "stopping",
@@ -88,6 +91,7 @@ class Sequence:
         self.prompt = prompt
         self.sampling = sampling
         self.seed = sampling.seed
+        self.scores = deque[TokenScores]() if sampling.logprobs is not None else None
         self.prompt_ids = prompt.input_ids
         self.output_ids = list(generated)
         self.eos_ids = eos_ids

@@ -1,0 +1,54 @@
+"""Draws a step's tokens, with their log probabilities; a row that cannot be drawn fails alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.engine.logprobs import Scorer
+from worker.engine.sampler import BAD_ROW, Sampler
+from worker.engine.sequence import Sequence
+
+log = logging.getLogger("unbroken.engine")
+
+
+class Drawer:
+    """Sampler and scorer of one model.
+
+    Args:
+        vocab_size: V, the width of the logits.
+        device: where the logits are.
+        tokenizer: a Transformers tokenizer.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, tokenizer: Any) -> None:
+        self.sampler, self._scorer = Sampler(vocab_size, device), Scorer(tokenizer)
+
+    def draw(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
+        """Draw a token per row of `[B, V]`; `BAD_ROW` where that is not possible.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        try:
+            return self._draw(logits, rows)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("sampling failed; trying row by row")
+        tokens = []
+        for index, sequence in enumerate(rows):
+            try:
+                tokens += self._draw(logits[index : index + 1], [sequence])
+            except Exception:
+                log.exception("sampling failed for a row")
+                tokens.append(BAD_ROW)
+        return tokens
+
+    def _draw(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
+        tokens = self.sampler.sample(logits, rows)
+        self._scorer.score(logits, rows, tokens)
+        return tokens
