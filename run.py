@@ -236,7 +236,8 @@ def up(args: argparse.Namespace) -> int:
         wait_until_ready(stack)
         urls = [part.url for part in stack.of("gateway")]
         say("\n".join(f"ready {url}" for url in urls))
-        say(f"open it in a browser, or try:\n{CURL.format(url=urls[0])}")
+        say(f"open it in a browser, with its kill buttons: {urls[0]}/#control={stack.control}")
+        say(f"or try:\n{CURL.format(url=urls[0])}")
         say(f"Ctrl-C stops it. Logs: {stack.data / 'logs'}")
         while True:
             stack.tend()

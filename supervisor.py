@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ class Stack:
 
     def __init__(self, data: Path, redis_url: str, drain: float = 0.0) -> None:
         self.data, self.redis_url, self.ready = data, redis_url, False
+        self.control = secrets.token_urlsafe(18)  # who has it may kill parts from the page
         self._drain = drain
         self.parts: list[Part] = []
         (data / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -187,6 +189,7 @@ class Stack:
             "redis": {"pid": own[0] if own else None, "url": self.redis_url},
             "gateways": [{"pid": part.pid, "url": part.url} for part in self.of("gateway")],
             "workers": [{"pid": part.pid} for part in self.of("worker")],
+            "control": self.control,
         }
         write_private(self.data / "run.json", json.dumps(state, indent=2))
 

@@ -29,7 +29,12 @@ GATEWAY_ID = secrets.token_hex(3)
 """Names this process; a restarted gateway is another one."""
 
 FOLDER = Path(__file__).with_name("static")
-FILES = {"app.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FILES = {
+    "app.css": "text/css",
+    "app.js": "text/javascript",
+    "markdown.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 HEADERS = {
     "cache-control": "no-cache",  # with an etag: a reload after an update shows the new page
     "content-security-policy": (
@@ -43,7 +48,8 @@ HEADERS = {
 LOOPBACK = {"127.0.0.1", "::1"}
 LOOPBACK_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 KILL_SECONDS = 5.0  # how long a kill's body may take to come
-CONTROL_HEADER = "x-unbroken-control"  # which a form of another origin cannot send
+CONTROL_HEADER = "x-unbroken-control"  # bears the token that `run.py` prints at its start
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
 
 class Fault(msgspec.Struct):
@@ -103,7 +109,7 @@ async def kill(request: Request) -> Response:
         "",
         request.headers.get("host"),
     )
-    if state is None or foreign or CONTROL_HEADER not in request.headers:
+    if state is None or foreign:
         raise UnbrokenError("not_found", "Not Found")
     try:
         fault = msgspec.json.decode(await read_body(request, 1024, KILL_SECONDS), type=Fault)
@@ -117,20 +123,31 @@ async def kill(request: Request) -> Response:
 
 
 def _controls(request: Request) -> dict[str, Any] | None:
-    """Return the pids that `run.py` wrote down, for a caller on this machine; else None."""
+    """Return what `run.py` wrote down, for a caller on this machine with its token; else None."""
     services: Services = request.app.state.services
     path = services.settings.run_state_path
-    host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-    # The name guards against a foreign name that resolves to loopback, a proxy's header against
-    # a proxy on this machine that serves others.
-    local = request.client is not None and request.client.host in LOOPBACK
-    if not (path and local and host in LOOPBACK_NAMES) or "x-forwarded-for" in request.headers:
+    given = request.headers.get(CONTROL_HEADER, "")
+    if not (path and given and _is_direct(request)):
         return None
     try:
         state: dict[str, Any] = json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return None
-    return state
+    wanted = str(state.get("control") or "")
+    right = wanted and secrets.compare_digest(given.encode(), wanted.encode())
+    return state if right else None
+
+
+def _is_direct(request: Request) -> bool:
+    """Tell whether a caller is on this machine, as far as can be seen.
+
+    The token is what guards. This is a second fence: the name stops foreign names that resolve to
+    loopback, the headers a proxy on this machine that serves others and has learnt the token.
+    """
+    host = request.headers.get("host", "")
+    local = request.client is not None and request.client.host in LOOPBACK
+    named = (host.rpartition(":")[0] or host) in LOOPBACK_NAMES
+    return local and named and not any(name in request.headers for name in FORWARDED)
 
 
 def _victim(state: dict[str, Any], fault: Fault, workers: list[WorkerInfo]) -> int:

@@ -16,7 +16,10 @@ ANNOUNCE_SECONDS = 1.0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """What a worker says of itself. `reason` explains every state but `ready`."""
+    """What a worker says of itself. `reason` explains every state but `ready`.
+
+    `tokens_per_second` are those of the last second; `cache_usage` is a share, 0 to 1.
+    """
 
     id: str
     state: Literal["loading", "ready", "failed", "draining"]
@@ -28,6 +31,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     running: int = 0
     slots: int = 0
     pid: int = 0
+    tokens_per_second: float = 0.0
+    cache_usage: float = 0.0
 
 
 _decoder = msgspec.json.Decoder(WorkerInfo)

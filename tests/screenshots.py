@@ -27,7 +27,7 @@ async def picture(page, path):
     drawn.convert("RGB").quantize(128).save(path, optimize=True)
 
 
-async def killed_twice(url, path):
+async def killed_twice(url, control, path):
     """A count to 100 whose worker and whose gateway are killed."""
     async with browser_context(**DESKTOP, color_scheme="light") as context:
         page = await context.new_page()

@@ -18,10 +18,18 @@ class ScriptedWorker:
         self.queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000, model=model)
         self.fleet = Fleet(store)
         self._next: dict[str, int] = {}
+        self.load: dict[str, float] = {}  # more of what it says of itself
 
     async def announce(self, state="ready", reason="") -> None:
         info = WorkerInfo(
-            self.id, state, self.model, reason, context_length=128, fingerprint="fp_test", since=1
+            self.id,
+            state,
+            self.model,
+            reason,
+            context_length=128,
+            fingerprint="fp_test",
+            since=1,
+            **self.load,
         )
         await self.fleet.announce(info)
 

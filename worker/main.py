@@ -47,6 +47,7 @@ class WorkerProcess:
         self.id = secrets.token_hex(6)
         self._since = 0
         self._draining = False
+        self._load = meter.Load()
         self._store = Store(connect(settings.redis_url, retries=FOREVER_RETRIES))
         self._bell_store = Store(connect(settings.redis_url, retries=FOREVER_RETRIES))
         archived, kept = settings.persist_sessions, settings.sessions_ttl_seconds
@@ -146,6 +147,8 @@ class WorkerProcess:
             running=self._consumer.running,
             slots=self._settings.max_batch_size,
             pid=os.getpid(),
+            tokens_per_second=self._load.tokens_per_second,
+            cache_usage=self._load.cache_usage if self._consumer.running else 0.0,
         )
 
     def _write_status(self, info: WorkerInfo) -> None:
@@ -163,6 +166,7 @@ class WorkerProcess:
         last = None
         while True:
             self._on_engine_state(self._engine.state)
+            self._load.look()
             info = self._info()
             self._write_status(info)
             with contextlib.suppress(*FAILED):

@@ -9,7 +9,7 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest
 
 from shared import metrics
 from shared.protocol import Failed, Finished
@@ -91,6 +91,30 @@ def attributes(ending: Ending) -> dict[str, object]:
 def engine_restarted() -> None:
     """Note that another engine process is started."""
     metrics.ENGINE_RESTARTS.inc()
+
+
+class Load:
+    """How busy the worker is, by its own metrics: what it tells the register of workers."""
+
+    def __init__(self) -> None:
+        self._tokens, self._at = _total(metrics.GENERATION_TOKENS), time.monotonic()
+        self.tokens_per_second = 0.0
+
+    def look(self) -> None:
+        """Take the tokens since the last look for the present rate."""
+        tokens, now = _total(metrics.GENERATION_TOKENS), time.monotonic()
+        self.tokens_per_second = round((tokens - self._tokens) / max(now - self._at, 1e-3), 1)
+        self._tokens, self._at = tokens, now
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache's places that held a token in the last step."""
+        return round(_total(metrics.KV_CACHE_USAGE), 4)
+
+
+def _total(metric: Counter | Gauge) -> float:
+    samples = [sample for family in metric.collect() for sample in family.samples]
+    return sum(sample.value for sample in samples)
 
 
 class RunMeter:

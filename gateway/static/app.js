@@ -2,6 +2,8 @@
 // A generation is followed by `Stream`, which resumes by Last-Event-ID until the end; `Answer`
 // shows one. What has been asked is kept in this tab, so that a reload goes on.
 
+import { Markdown } from "./markdown.js";
+
 const $ = (selector, root = document) => root.querySelector(selector);
 const make = (tag, attributes = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), attributes);
@@ -24,6 +26,12 @@ const kept = {
 };
 const settings = kept.read(localStorage, "unbroken-settings", {});
 let key = kept.read(sessionStorage, "unbroken-key", "");
+let control = kept.read(localStorage, "unbroken-control", ""); // what `run.py` prints at its start
+const given = /^#control=([\w-]+)$/.exec(location.hash)?.[1];
+if (given) {
+  kept.write(localStorage, "unbroken-control", (control = given));
+  history.replaceState(null, "", location.pathname);
+}
 let turns = kept.read(sessionStorage, "unbroken-turns", []); // {question, media, session, answer}
 function save() {
   if (kept.write(sessionStorage, "unbroken-turns", turns)) return;
@@ -169,15 +177,16 @@ class Answer {
       this[part] = $(`.${part}`, this.root);
     Object.assign(this, { events: 0, resumes: 0, takeovers: 0, workers: [], worker: "", gaps: [], pending: [] });
     this.say = { reasoning: "", content: "" };
-    this.root.addEventListener("click", (click) => this.copy(click.target.dataset.copy));
+    this.markdown = new Markdown(this.text);
+    this.root.addEventListener("click", (click) => this.copy(click.target));
     $("#messages").append(this.root);
     for (const button of this.tools.children) // an answer of a link: what was asked is not known
-      button.hidden = !turn.body && button.dataset.copy !== "link";
+      button.hidden = !turn.body && button.dataset.copy in recipes;
     if (live) this.go(); else this.rest();
   }
 
   rest() {
-    this.text.textContent = this.turn.answer ?? "";
+    this.markdown.set(this.turn.answer ?? "");
     this.showThought(this.turn.thought ?? "");
     this.fail(this.turn.error);
     this.tools.hidden = false;
@@ -263,7 +272,7 @@ class Answer {
 
   draw() {
     const atEnd = this.atEnd();
-    if (this.text.textContent !== this.say.content) this.text.textContent = this.say.content;
+    this.markdown.set(this.say.content);
     this.showThought(this.say.reasoning);
     if (this.pending.length) {
       this.ticks.append(...this.pending.splice(0));
@@ -311,9 +320,12 @@ class Answer {
     this.error.hidden = false;
   }
 
-  async copy(what) {
+  async copy(button) {
+    const what = button.dataset.copy;
     if (!what) return;
-    const text = what === "link" ? linkTo(this.turn.session) : recipes[what](this.turn.body);
+    const text = what === "code" ? $("code", button.closest(".code")).textContent
+      : what === "answer" ? this.turn.answer
+      : what === "link" ? linkTo(this.turn.session) : recipes[what](this.turn.body);
     try { await navigator.clipboard.writeText(text); notice("Copied."); }
     catch { prompt("Copy this:", text); }
   }
@@ -461,7 +473,8 @@ function plainImage(colour) {
 // --- Status. --------------------------------------------------------------------------------------
 async function refresh() {
   let state;
-  try { state = await api("/v1/status"); } catch (error) {
+  const asked = control ? { headers: { "x-unbroken-control": control } } : {};
+  try { state = await api("/v1/status", asked); } catch (error) {
     $("#dot").className = "dot away";
     $("#model").textContent = error.status === 401 ? "API key needed" : "no connection";
     return null;
@@ -479,7 +492,9 @@ function showStatus(state) {
   $("#facts").replaceChildren(...Object.entries(facts).map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
   $("#workers").replaceChildren(...state.workers.map((worker) => make("tr", {},
-    ...[worker.id.slice(0, 6), worker.state, worker.model || worker.reason, `${worker.running} of ${worker.slots}`]
+    ...[worker.id.slice(0, 6), worker.state, `${worker.running} of ${worker.slots}`,
+      worker.tokens_per_second.toFixed(worker.tokens_per_second < 10 ? 1 : 0),
+      `${(100 * worker.cache_usage).toFixed(1)} %`, worker.model || worker.reason]
       .map((text) => make("td", { textContent: text })))));
 }
 
@@ -492,7 +507,7 @@ async function kill(part) {
   try {
     await api("/demo/kill", {
       method: "POST",
-      headers: { "content-type": "application/json", "x-unbroken-control": "1" },
+      headers: { "content-type": "application/json", "x-unbroken-control": control },
       body: JSON.stringify({ part, worker }),
     });
     notice(part === "redis" ? "Redis restarts." : `The ${part} is dead; run.py starts another.`);

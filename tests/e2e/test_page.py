@@ -344,12 +344,39 @@ async def test_with_an_api_key(redis_url, worker, tmp_path, context):
         gateway.kill()
 
 
-CONTROLLED = {"content-type": "application/json", "x-unbroken-control": "1"}
+async def test_the_status_view_tells_how_busy_workers_are(gateway, worker, context):
+    """Queue, sessions, and for each worker its slots, tokens a second and cache, as they change."""
+    page = await context.new_page()
+    await page.goto(gateway.url)
+    await page.wait_for_selector("#dot.ready")
+    await page.click("#show-status")
+    for load, shown in (
+        ({"running": 3, "slots": 8, "tokens_per_second": 87.4, "cache_usage": 0.125}, "87,12.5 %"),
+        ({"running": 1, "slots": 8, "tokens_per_second": 2.46, "cache_usage": 0.0}, "2.5,0.0 %"),
+    ):
+        worker.load = load
+        row = f"aaaaaa,ready,{load['running']} of 8,{shown},org/tiny"
+        cells = "[...document.querySelectorAll('#workers td')].map(td => td.textContent).join()"
+        await until(page, f"row => {cells} === row", arg=row)
+        assert f"Running{load['running']}" in await text_of(page, "#facts")
 
 
-async def test_parts_are_killed_for_visitors_of_this_machine_alone(redis_url, worker, tmp_path):
-    """No other host name, no proxied or foreign caller, and nobody at all without `run.py`."""
-    state = {"redis": {"pid": None}, "workers": [], "gateways": []}
+JSON = {"content-type": "application/json"}
+CONTROLLED = {**JSON, "x-unbroken-control": "sesame"}
+REFUSED = (
+    JSON,
+    {**JSON, "x-unbroken-control": "1"},
+    {**JSON, "x-unbroken-control": b"s\xe9same"},
+    {**CONTROLLED, "host": "evil.example"},
+    {**CONTROLLED, "origin": "http://evil.example"},
+    {**CONTROLLED, "x-forwarded-for": "::1"},
+    {**CONTROLLED, "via": "1.1 proxy"},
+)
+
+
+async def test_parts_are_killed_for_who_has_the_token_alone(redis_url, worker, tmp_path):
+    """Nobody without what `run.py` printed, or from elsewhere; and nobody without `run.py`."""
+    state = {"redis": {"pid": None}, "workers": [], "gateways": [], "control": "sesame"}
     (tmp_path / "run.json").write_text(json.dumps(state))
     plain = GatewayProcess(redis_url, tmp_path)
     watched = GatewayProcess(redis_url, tmp_path, {"RUN_STATE_PATH": str(tmp_path / "run.json")})
@@ -361,13 +388,16 @@ async def test_parts_are_killed_for_visitors_of_this_machine_alone(redis_url, wo
                 url = f"{gateway.url}/demo/kill"
                 return (await client.post(url, content=body, headers=headers)).status_code
 
-            for gateway, offers in ((plain, False), (watched, True)):
-                state = await client.get(f"{gateway.url}/v1/status")
-                assert state.json()["controls"] is offers
+            for gateway, headers, offers in (
+                (plain, CONTROLLED, False),
+                (watched, JSON, False),
+                (watched, CONTROLLED, True),
+            ):
+                told = await client.get(f"{gateway.url}/v1/status", headers=headers)
+                assert told.json()["controls"] is offers
             assert await kill(plain) == 404
-            assert await kill(watched, headers={**CONTROLLED, "host": "evil.example"}) == 404
-            assert await kill(watched, headers={**CONTROLLED, "x-forwarded-for": "::1"}) == 404
-            assert await kill(watched, headers={"content-type": "application/json"}) == 404
+            for headers in REFUSED:
+                assert await kill(watched, "gateway", headers) == 404, headers
             assert await kill(watched) == 400  # a worker that `run.py` did not start
             assert await kill(watched, "redis") == 400
             assert watched.process.poll() is None

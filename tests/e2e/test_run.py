@@ -61,6 +61,7 @@ def test_it_says_where_it_listens_and_how_to_try(own_stack: Stack) -> None:
     state = own_stack.state
     url = state["gateways"][0]["url"]
     assert f"\nready {url}\n" in own_stack.output
+    assert f"{url}/#control={state['control']}\n" in own_stack.output
     assert f"curl -N {url}/v1/chat/completions" in own_stack.output
     assert state["gateways"] == [{"pid": state["gateways"][0]["pid"], "url": url}]
     assert [set(worker) for worker in state["workers"]] == [{"pid"}]
