@@ -17,6 +17,7 @@ JOB = job_key_prefix
 RETRY = retry_key_prefix
 
 QUEUE = "unbroken:queue"
+CONTACT = "unbroken:contact"
 LEASES = "unbroken:leases"
 WORKERS = "unbroken:workers"
 OUTBOX = "unbroken:outbox"

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 JOB_FUNCTION = "run_session"
 LEASE_MS = 2500
 RENEW_SECONDS = 0.5
+SILENCE_MS = 1200
+"""Longest pause between two workers' renewals that is no outage: no lease can run out in one."""
+
+CONTACT_MS = 2000
+"""How long Redis must be back before leases count as run out: their workers renew until then."""
+
 LOOKED_AT = 4096
 """Waiting sessions that a claim looks through for those of its model."""
 
@@ -121,24 +127,26 @@ class SessionQueue:
         """Put sessions with an expired lease back, then lease up to `free_slots` of our model."""
         waiting, expiry, *pairs = await self._store.run(
             "claim",
-            [keys.QUEUE, keys.LEASES],
+            [keys.QUEUE, keys.LEASES, keys.CONTACT],
             [
                 *(worker_id, free_slots, LEASE_MS, keys.LIVE_TTL, keys.SESSION),
-                *(self.model, keys.WORK_BELL, LOOKED_AT),
+                *(self.model, keys.WORK_BELL, LOOKED_AT, SILENCE_MS, CONTACT_MS),
             ],
         )
         sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease in pairs]
         return Claim(sessions, waiting, expiry if expiry >= 0 else None)
 
     async def renew(self, leases: Mapping[str, str]) -> list[str]:
-        """Prolong the leases `{session_id: lease}`; returns the sessions whose lease is lost."""
-        if not leases:
-            return []
+        """Prolong the leases `{session_id: lease}`; returns the sessions whose lease is lost.
+
+        To be called every `RENEW_SECONDS`, also without leases: it tells all that Redis is there.
+        """
+        names = [keys.LEASES, keys.CONTACT]
         args: list[Any] = [LEASE_MS, keys.LIVE_TTL, keys.SESSION, keys.EVENTS]
-        args += [keys.REQUEST, keys.JOB]
+        args += [keys.REQUEST, keys.JOB, SILENCE_MS]
         for pair in leases.items():
             args += pair
-        return [sid.decode() for sid in await self._store.run("renew", [keys.LEASES], args)]
+        return [sid.decode() for sid in await self._store.run("renew", names, args)]
 
     async def begin(
         self, claimed: Claimed, engine: str, media: str, prompt_tokens: int, *, exact: bool
@@ -156,6 +164,11 @@ class SessionQueue:
         reply = await self._store.run("begin", [keys.session(claimed.session_id)], args)
         return {1: "begun", 0: "lost"}.get(reply, "media_changed")  # type: ignore[return-value]
 
+    async def attempt(self, claimed: Claimed) -> bool:
+        """Count this run as an attempt: the engine begins it. False where it is not ours."""
+        names = [keys.session(claimed.session_id)]
+        return bool(await self._store.run("attempt", names, [claimed.lease]))
+
     async def restore(self, copy: SessionCopy) -> bool:
         """Write a running session again, as far as Redis has lost it.
 
@@ -163,22 +176,26 @@ class SessionQueue:
         """
         (sid, lease), record = copy.claimed, copy.record
         names = [keys.session(sid), keys.events(sid), keys.request(sid), keys.job(sid)]
-        names += [keys.watch(sid), keys.LEASES, keys.QUEUE]
+        names += [keys.watch(sid), keys.LEASES, keys.QUEUE, keys.deleted(sid)]
         fields = record_fields(record)
         args: list[Any] = [sid, lease, lease.rpartition(":")[2], record.owner, record.digest]
         args += [LEASE_MS, keys.LIVE_TTL, self._watch_ttl_ms, copy.request, _job(sid)]
-        args += [len(fields), *fields, *copy.events]
+        args += [record.enqueued, len(fields), *fields, *copy.events]
         return bool(await self._store.run("restore", names, args))
 
-    async def release(self, claimed: Claimed, *, blameless: bool = True) -> bool:
+    async def release(
+        self, claimed: Claimed, *, blameless: bool = True, waited: bool = False
+    ) -> bool:
         """Give a session back to its old place; False where the lease is no longer ours.
 
         Args:
             claimed: the session and our lease.
-            blameless: the attempt does not count against the session.
+            blameless: this run does not count as an attempt.
+            waited: it could not begin here, and has waited for a worker all along.
         """
         names = [keys.session(claimed.session_id), keys.QUEUE, keys.LEASES]
         args = [claimed.session_id, claimed.lease, keys.LIVE_TTL, int(blameless), keys.WORK_BELL]
+        args.append(int(not waited))
         return bool(await self._store.run("release", names, args))
 
     async def cancel(
@@ -281,6 +298,21 @@ class SessionQueue:
             pipe.delete(*names, keys.watch(sid), keys.cancel(sid))
             pipe.zrem(keys.LEASES, sid)
             await pipe.execute()
+
+    async def lasts(self, session_ids: Sequence[str]) -> dict[str, int]:
+        """Return the last index of each of these sessions that has not ended."""
+        if not session_ids:
+            return {}
+        async with self._store.redis.pipeline(transaction=False) as pipe:
+            for session_id in session_ids:
+                pipe.hmget(keys.session(session_id), ["status", "last"])
+            found = await pipe.execute()
+        live = (b"queued", b"running")
+        return {
+            session_id: int(last)
+            for session_id, (status, last) in zip(session_ids, found, strict=True)
+            if status in live
+        }
 
     async def depth(self) -> int:
         """Count the sessions that wait."""

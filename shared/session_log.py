@@ -58,8 +58,10 @@ class Append(NamedTuple):
 class SessionRecord(msgspec.Struct, frozen=True):
     """What is known of a session beside its events. Times are Unix seconds of Redis' clock.
 
-    `engine` and `media` (content hashes) are what its first tokens came from; `exact` tells whether
-    its text is that of an undisturbed run, after `takeovers` changes of worker.
+    Since its log last grew (at index `tried_at`), workers have claimed it `claims` times, and
+    engines have begun it `attempts` times. `engine` and `media` (content hashes) are what its first
+    tokens came from; `exact` tells whether its text is that of an undisturbed run, after
+    `takeovers` changes of worker.
     """
 
     owner: str
@@ -73,6 +75,8 @@ class SessionRecord(msgspec.Struct, frozen=True):
     enqueued: float
     include_usage: bool = False
     attempts: int = 0
+    claims: int = 0
+    tried_at: int | None = None
     started: int | None = None
     ended: int | None = None
     usage: Usage | None = None

@@ -27,9 +27,11 @@ from shared.queue import (
     job_deserializer,
     job_serializer,
 )
-from shared.store import FAILED, Outage, is_wrong_type
+from shared.store import FAILED, UNAVAILABLE, Outage, is_wrong_type
 from shared.tasks import stop
-from worker.job import EngineGone, LeaseLost, SessionJob
+from worker.handover import hand_over
+from worker.job import SessionJob
+from worker.parts import GiveBack, LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from shared.presence import Presence
     from shared.queue import SessionQueue
     from shared.store import Store
-    from worker.job import Parts
+    from worker.parts import Parts
     from worker.pulse import Pulse
 
 log = logging.getLogger("unbroken.consumer")
@@ -49,6 +51,12 @@ IDLE_SECONDS = 1.0
 
 PAUSE_SECONDS = 0.5
 """Pause after Redis failed."""
+
+CLAIM_AT_ONCE = 4
+"""Most sessions of one claim, so that those of a dead worker spread over the others."""
+
+LAST_SECONDS = 1.0
+"""Given to sessions that are given back at the end of a drain, before their tasks are cancelled."""
 
 SIGNAL_SECONDS = 0.025
 """How often the cancel flags of the running sessions are read."""
@@ -138,7 +146,7 @@ class LeasedWorker(Worker):
         if time.monotonic() - self._renewed > LEASE_MS / 2000:
             await self._renew()  # after an outage: our own sessions must not look abandoned
         self._freed.clear()
-        free = self.max_jobs - self.running
+        free = min(self.max_jobs - self.running, CLAIM_AT_ONCE)
         claim = await self._queue.claim(self.worker_id, free)
         for claimed in claim.sessions:
             self._start(claimed)
@@ -171,7 +179,7 @@ class LeasedWorker(Worker):
                 await self.finish_failed_job(claimed.session_id, None)
                 return
             await asyncio.sleep(PAUSE_SECONDS)
-            await self._give_back(claimed, blameless=True)
+            await self._give_back(claimed, GiveBack(blameless=isinstance(error, UNAVAILABLE)))
 
     def _ended(self, claimed: Claimed, task: asyncio.Task[Any]) -> None:
         sid = claimed.session_id
@@ -198,25 +206,27 @@ class LeasedWorker(Worker):
         except LeaseLost:
             metrics.LEASES_LOST.inc()
             log.info("session dropped", extra={"session": session_id})
-        except EngineGone as gone:
-            await self._give_back(claimed, blameless=gone.blameless)
+        except GiveBack as why:
+            if why.waited:
+                await asyncio.sleep(PAUSE_SECONDS)
+            await self._give_back(claimed, why)
         except asyncio.CancelledError:
-            await self._give_back(claimed, blameless=True)
+            await self._give_back(claimed, GiveBack())
             raise
         except FAILED as error:
             log.warning("redis failed a job", extra={"error": type(error).__name__})
             await asyncio.sleep(PAUSE_SECONDS)
-            await self._give_back(claimed, blameless=True)
+            await self._give_back(claimed, GiveBack(blameless=isinstance(error, UNAVAILABLE)))
         except Exception:
             log.exception("session job failed", extra={"session": session_id})
-            await self._give_back(claimed, blameless=False)
+            await self._give_back(claimed, GiveBack(blameless=False))
         finally:
             if self._jobs.get(session_id) is job:
                 del self._jobs[session_id]
 
-    async def _give_back(self, claimed: Claimed, *, blameless: bool) -> None:
+    async def _give_back(self, claimed: Claimed, why: GiveBack) -> None:
         try:
-            if await self._queue.release(claimed, blameless=blameless):
+            if await self._queue.release(claimed, blameless=why.blameless, waited=why.waited):
                 metrics.GIVEN_BACK.inc()
                 log.info("session given back", extra={"session": claimed.session_id})
         except FAILED:  # its lease runs out by itself
@@ -251,17 +261,28 @@ class LeasedWorker(Worker):
             elif not signals.watched:
                 jobs[sid].abandon()
 
-    async def drain(self, grace_seconds: float) -> None:
-        """Claim no more; wait for the running sessions, then give the rest back to the queue."""
+    async def drain(self, grace_seconds: float, takers: int = 0) -> None:
+        """Claim no more; let the running sessions end, or go on elsewhere; give back the rest.
+
+        Args:
+            grace_seconds: how long that may take.
+            takers: how many live workers could take over; without any, sessions run on here.
+        """
         self.can_claim.clear()
         if self.main_task:
             await stop(self.main_task)
-        tasks = list(self.tasks.values())
-        if tasks:
-            _done, late = await asyncio.wait(tasks, timeout=grace_seconds)
-            for task in late:
-                task.cancel()  # once: each gives its session back
-            await asyncio.gather(*tasks, return_exceptions=True)
+        if takers:
+            await hand_over(self._jobs, self._queue, takers, grace_seconds)
+        elif self.tasks:
+            await asyncio.wait(set(self.tasks.values()), timeout=grace_seconds)
+        for job in list(self._jobs.values()):
+            job.hand_over()
+        if late := set(self.tasks.values()):
+            _done, late = await asyncio.wait(late, timeout=LAST_SECONDS)
+            held = dict(self._leases)
+            await stop(*late)
+            for claimed in held.items():  # cancelled, they may not have come to it
+                await self._give_back(Claimed(*claimed), GiveBack())
         await stop(*self._loops)
 
 

@@ -66,6 +66,10 @@ Sink = Callable[[Output | None], None]
 """Takes a sequence's outputs; None says that the engine process ended with the sequence in it."""
 
 
+def _nobody_asks() -> None:
+    """Take note of nothing."""
+
+
 class EngineClient:
     """One engine process and the sequences in it. All methods belong to the event loop's thread.
 
@@ -101,6 +105,7 @@ class EngineClient:
         self._stepped = False
         self._verdict: str | None = None  # why it was killed from here
         self._admitted: set[int] = set()
+        self._on_begin: dict[int, Callable[[], None]] = {}
         self._suspects: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
         self._deaths = 0
@@ -150,16 +155,17 @@ class EngineClient:
         suspects = self._suspects or self._admitted
         return not suspects or handle in suspects
 
-    def add(self, message: Add, sink: Sink) -> None:
+    def add(self, message: Add, sink: Sink, on_begin: Callable[[], None] = _nobody_asks) -> None:
         """Send a sequence to the engine.
 
         `sink` is called in the event loop, never from within this call, with each of its outputs,
         the last of which bears `finish` or `error`; or with None, at any time, and nothing after:
-        the engine died, or there is none. While the model loads, sequences wait.
+        the engine died, or there is none. While the model loads, sequences wait. `on_begin` is
+        called once, when the engine begins to compute it.
         """
         if not self._sinks:
             self._silence = 0.0
-        self._sinks[message.handle] = sink
+        self._sinks[message.handle], self._on_begin[message.handle] = sink, on_begin
         if self._process is None or self.state.phase in ("failed", "dead"):
             asyncio.get_running_loop().call_soon(self._bury, [message.handle])
         else:
@@ -173,6 +179,7 @@ class EngineClient:
         """Drop a sequence; its sink is not called again."""
         self._send_about(handle, Abort(handle))
         self._sinks.pop(handle, None)
+        self._on_begin.pop(handle, None)
         self._admitted.discard(handle)
 
     async def restart(self, reason: str = "The engine is restarted.") -> None:
@@ -215,10 +222,13 @@ class EngineClient:
 
     def _bury(self, handles: Iterable[int]) -> None:
         """Tell sequences that there is no engine for them any more."""
-        sinks = [self._sinks.pop(handle) for handle in list(handles) if handle in self._sinks]
-        for sink in sinks:
+        gone = {
+            handle: self._sinks.pop(handle) for handle in list(handles) if handle in self._sinks
+        }
+        for handle, sink in gone.items():
+            self._on_begin.pop(handle, None)
             _call(sink, None)
-        if sinks:
+        if gone:
             self.on_step_end()
 
     def _set_state(self, state: EngineState) -> None:
@@ -242,6 +252,8 @@ class EngineClient:
         elif isinstance(report, Busy):
             self._suspects = frozenset(report.handles)
             self._admitted.update(report.handles)
+            for handle in report.handles:
+                self._on_begin.pop(handle, _nobody_asks)()
         elif isinstance(report, Loading):
             self._set_state(EngineState("loading", loading=report))
         elif isinstance(report, Ready):
@@ -261,6 +273,7 @@ class EngineClient:
             sink = (self._sinks.pop if last else self._sinks.get)(output.handle, None)
             if last:
                 self._admitted.discard(output.handle)
+                self._on_begin.pop(output.handle, None)
             if sink is not None:  # None: aborted while this was on its way
                 _call(sink, output)
         self.on_step_end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,38 +13,33 @@ from shared import protocol
 from shared.errors import UnbrokenError
 from shared.protocol import Delta, Failed, Finished, ScoredDelta, Usage
 from shared.queue import RENEW_SECONDS
+from shared.store import FAILED
 from worker.engine.messages import Add
 from worker.meter import RunMeter, attributes, failed
+from worker.parts import GiveBack, LeaseLost
 from worker.publisher import Ending
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
-    from shared.queue import Claimed, SessionQueue
-    from shared.session_log import Entry, SessionLog, SessionRecord
+    from shared.queue import Claimed
+    from shared.session_log import Entry, SessionRecord
     from worker.engine.messages import Output, Piece, Prompt
-    from worker.engine_client import EngineClient
-    from worker.prompts import PromptBuilder
-    from worker.publisher import Publisher, SessionWriter
+    from worker.parts import Parts
+    from worker.publisher import SessionWriter
 
 log = logging.getLogger("unbroken.job")
 
+CLAIMS_PER_ATTEMPT = 4
+"""A session is given up after so many more claims than attempts: what kills a worker before its
+engine begins leaves no other trace."""
 
-class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
-    """The session is another worker's now, or gone: drop it without a word."""
+FREE_CLAIMS = 2
+"""A session that has been claimed more often, without a new token, is tried alone."""
 
-
-class EngineGone(Exception):  # noqa: N818 - see LeaseLost
-    """The engine died under the session: it goes back to the queue.
-
-    Args:
-        blameless: the engine was not busy with it.
-    """
-
-    def __init__(self, *, blameless: bool = False) -> None:
-        super().__init__()
-        self.blameless = blameless
+NOT_NOW = ("unavailable", "model_not_ready")
+"""Codes of what this worker cannot do for the moment, whatever the request."""
 
 
 class SessionJob:
@@ -67,6 +63,7 @@ class SessionJob:
         self._scored = False  # whether log probabilities are asked for
         self._meter: RunMeter | None = None
         self._may_be_abandoned = False  # before it is known whether it needs a watcher
+        self._attempt: asyncio.Task[None] | None = None
 
     def abandon(self) -> None:
         """End the session because nobody watches it, unless it goes on all the same."""
@@ -86,9 +83,16 @@ class SessionJob:
 
     def lose(self) -> None:
         """Drop the session: the lease is lost."""
+        self._leave(LeaseLost())
+
+    def hand_over(self) -> None:
+        """Give the session back, for another worker to go on; one that is about to end may end."""
+        self._leave(GiveBack())
+
+    def _leave(self, why: Exception) -> None:
         for future in (self._done, self._interrupted):
             if not future.done():
-                future.set_exception(LeaseLost())
+                future.set_exception(why)
                 future.exception()  # either may stay unread
 
     def doubt(self) -> None:
@@ -103,7 +107,7 @@ class SessionJob:
 
         Raises:
             LeaseLost: another worker has the session, or it is gone.
-            EngineGone: the engine died; the session can be tried again.
+            GiveBack: the session can be tried again.
         """
         sid = self.claimed.session_id
         try:
@@ -117,7 +121,7 @@ class SessionJob:
             raise LeaseLost
         self._may_be_abandoned = not record.runs_unwatched
         self._writer = writer = self._parts.publisher.open(self.claimed, record.last + 1, self.lose)
-        extra = {"session": sid, "attempt": record.attempts, "index": record.last + 1}
+        extra = {"session": sid, "attempt": record.attempts + 1, "index": record.last + 1}
         log.info("stream start", extra=extra)
         self._meter = meter = RunMeter(record.model, record, self.claimed.lease)
         try:
@@ -158,10 +162,13 @@ class SessionJob:
             prompt = await self._prepare(request, record)
             if prompt is None:
                 return self._ending(request.sampling.n)
-            self._run_engine(prompt, request, generated, trial=record.attempts > 1)
+            trial = record.attempts > 0 or record.claims > FREE_CLAIMS
+            self._run_engine(prompt, request, generated, trial=trial)
             await self._done
             return self._ending(request.sampling.n)
         except UnbrokenError as error:
+            if error.code in NOT_NOW:
+                raise GiveBack(waited=True) from None
             event = Failed(error.code, error.message, error.param)
             return Ending(event, "failed", self._usage())
         except msgspec.MsgspecError:
@@ -171,8 +178,18 @@ class SessionJob:
     def _check_attempts(self, record: SessionRecord) -> None:
         """Give up a session under which workers or engines died again and again."""
         most = self._parts.max_attempts
-        if record.attempts > most:
-            raise UnbrokenError("generation_failed", f"The generation failed {most} times.")
+        if record.attempts >= most or record.claims > most * CLAIMS_PER_ATTEMPT:
+            tries = max(record.attempts, record.claims - 1)
+            raise UnbrokenError("generation_failed", f"The generation failed {tries} times.")
+
+    def _on_begin(self) -> None:
+        """Count this run as an attempt, from now on: its engine has begun it."""
+        if self._attempt is None:
+            self._attempt = asyncio.create_task(self._count_attempt(), name="attempt")
+
+    async def _count_attempt(self) -> None:
+        with contextlib.suppress(*FAILED):  # what is not counted now is so by its claims
+            await self._parts.queue.attempt(self.claimed)
 
     async def _prepare(self, request: GenerationRequest, record: SessionRecord) -> Prompt | None:
         """Fetch, decode and tokenize; None if the session is cancelled meanwhile.
@@ -198,7 +215,7 @@ class SessionJob:
         self._prompt_tokens = len(prompt.input_ids)
         engine = self._parts.engine.state.ready
         if engine is None:  # it died meanwhile
-            raise EngineGone(blameless=True)
+            raise GiveBack
         for last_try in (False, True):
             outcome = await self._parts.queue.begin(
                 self.claimed, engine.fingerprint, media, self._prompt_tokens, exact=engine.exact
@@ -244,6 +261,7 @@ class SessionJob:
             self._parts.engine.add(
                 Add(handle, prompt, request.sampling_for(choice), generated[choice], trial),
                 self._on_output,
+                self._on_begin,
             )
         if self._reason:
             for handle in self._handles:
@@ -255,7 +273,7 @@ class SessionJob:
             return
         if output is None:
             blamed = any(self._parts.engine.blames(handle) for handle in self._handles)
-            self._done.set_exception(EngineGone(blameless=not blamed))
+            self._done.set_exception(GiveBack(blameless=not blamed))
             return
         choice = self._handles[output.handle]
         if output.error:
@@ -302,24 +320,6 @@ class SessionJob:
             if choice not in self._last:
                 self._parts.engine.abort(handle)
         self._handles.clear()
-
-
-class Parts:
-    """What all sessions of a worker share."""
-
-    def __init__(
-        self,
-        *,
-        log: SessionLog,
-        queue: SessionQueue,
-        publisher: Publisher,
-        prompts: PromptBuilder,
-        engine: EngineClient,
-        max_attempts: int = 3,
-    ) -> None:
-        self.log, self.queue, self.publisher = log, queue, publisher
-        self.prompts, self.engine = prompts, engine
-        self.max_attempts = max_attempts
 
 
 def _readable(raw: bytes | None) -> GenerationRequest:

@@ -26,7 +26,7 @@ from worker import healthcheck, meter
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig, Limits
 from worker.engine_client import EngineClient
-from worker.job import Parts
+from worker.parts import Parts
 from worker.prompts import PromptBuilder
 from worker.publisher import Publisher
 from worker.pulse import Pulse
@@ -54,7 +54,7 @@ class WorkerProcess:
         kept = hold_seconds(kept) if archived else kept
         watch_ms = int(settings.cancel_after_disconnect_seconds * 1000)
         self._fleet = Fleet(self._store)
-        pulse = Pulse()
+        pulse = Pulse(kept)
         self._queue = queue = SessionQueue(
             self._store, kept_seconds=kept, watch_ms=watch_ms, archived=archived
         )
@@ -185,13 +185,14 @@ class WorkerProcess:
     async def _shut_down(self, *background: asyncio.Task[None]) -> None:
         log.info("shutdown", extra={"worker": self.id, "running": self._consumer.running})
         self._draining = True
+        self._consumer.can_claim.clear()
         self._write_status(self._info())
-        others = False
+        takers = 0
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
-            others = any(self._can_take_over(w) for w in await self._fleet.live())
+            takers = sum(self._can_take_over(w) for w in await self._fleet.live())
         await stop(*background)
-        await self._consumer.drain(0 if others else self._settings.drain_seconds)
+        await self._consumer.drain(self._settings.drain_seconds, takers)
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
         await self._publisher.close()

@@ -136,7 +136,7 @@ class RunMeter:
         self._outputs: dict[int, tuple[int, float]] = {}  # choice -> tokens, when
         if record.last > 0:
             metrics.TAKEOVERS.inc()
-        elif record.attempts <= 1:
+        elif record.claims <= 1:
             seconds = int(lease.rpartition(":")[2]) / 1e6 - record.enqueued / 1e3
             metrics.QUEUE_TIME.labels(model).observe(max(0.0, seconds))
 

@@ -15,13 +15,20 @@ PAUSE_SECONDS = LEASE_MS / 1000
 """A pause as long as a lease: others may have taken our sessions meanwhile."""
 
 TRUST_SECONDS = 600.0
-"""How long an outage of Redis may be for our copies of sessions to be believed."""
+"""Longest outage of Redis after which our copies of sessions are believed; notes of deleted
+sessions are kept as long."""
 
 
 class Pulse:
-    """Tells whether our copies of sessions can be the newest ones there are."""
+    """Tells whether our copies of sessions can be the newest ones there are.
 
-    def __init__(self) -> None:
+    Args:
+        kept_seconds: how long an ended session stays in Redis: a worker that was cut off for longer
+            may hold a copy of one that has ended elsewhere, and of which nothing is left.
+    """
+
+    def __init__(self, kept_seconds: float = TRUST_SECONDS) -> None:
+        self._trust = min(TRUST_SECONDS, kept_seconds + PAUSE_SECONDS)
         self._beat = self._confirmed = time.monotonic()
         self._paused = False
 
@@ -41,7 +48,7 @@ class Pulse:
     def steady(self) -> bool:
         """Whether nobody can have taken our sessions while Redis could be reached by us."""
         self._look()
-        return not self._paused and time.monotonic() - self._confirmed < TRUST_SECONDS
+        return not self._paused and time.monotonic() - self._confirmed < self._trust
 
     def _look(self) -> None:
         now = time.monotonic()

@@ -1,11 +1,13 @@
 -- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
--- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place.
--- `attempts` counts the claims since the log last grew. A worker gets sessions of its model only. A
--- record that is no hash is removed: it must not hold up the others.
--- KEYS: queue, leases
+-- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place, unless
+-- Redis was away lately: then their workers renew first. `claims` and `attempts` are counted since the
+-- log last grew; attempt.lua counts the latter. A worker gets sessions of its model only. A record
+-- that is no hash is removed: it must not hold up the others.
+-- KEYS: queue, leases, contact
 -- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix,
---       6 model ('': any), 7 prefix of the models' work bells, 8 most sessions to look at
--- Returns {still waiting, ms until the next lease runs out (-1: none), {id, lease}, …}
+--       6 model ('': any), 7 prefix of the models' work bells, 8 most sessions to look at,
+--       9 longest silence ms, 10 ms without one that workers need to renew their leases
+-- Returns {still waiting, ms until the next lease can be taken (-1: none), {id, lease}, …}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local micros = time[1] * 1000000 + time[2]
@@ -16,7 +18,15 @@ local function ring(model)
   redis.call('EXPIRE', bell, ARGV[4])
 end
 
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 128)) do
+local pause = 0  -- ms until leases that ran out may be taken; nobody ever renewed: at once
+local contact = redis.call('HMGET', KEYS[3], 'since', 'last')
+if contact[2] then
+  local silent = math.abs(now - contact[2]) > tonumber(ARGV[9])
+  pause = math.max(0, (silent and now or tonumber(contact[1])) + ARGV[10] - now)
+end
+
+local expired = pause == 0 and redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 128) or {}
+for _, id in ipairs(expired) do
   local key = ARGV[5] .. id
   local record = redis.pcall('HMGET', key, 'status', 'enqueued', 'model')
   if record.err then redis.call('DEL', key) end
@@ -47,9 +57,9 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
     redis.call('HSET', key, 'status', 'running', 'lease', lease,
       'epoch', string.format('%.0f', epoch), 'started', time[1])
     if record[4] ~= record[5] then  -- it got further since: this is no poison
-      redis.call('HSET', key, 'attempts', 0, 'tried_at', record[4])
+      redis.call('HSET', key, 'attempts', 0, 'claims', 0, 'tried_at', record[4])
     end
-    redis.pcall('HINCRBY', key, 'attempts', 1)
+    redis.pcall('HINCRBY', key, 'claims', 1)
     redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
     claimed[#claimed + 1] = {id, lease}
   end
@@ -60,5 +70,5 @@ local waiting = redis.call('ZCARD', KEYS[1])
 if ours > 0 then ring(ARGV[6]) end
 local next_expiry = -1
 local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-if first[2] then next_expiry = math.max(0, math.ceil(first[2] - now)) end
+if first[2] then next_expiry = math.max(0, math.ceil(math.max(first[2] - now, pause))) end
 return {waiting, next_expiry, unpack(claimed)}

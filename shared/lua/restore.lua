@@ -1,10 +1,11 @@
 -- Invariant: only the newest holder of a session writes its copy back, and only over nothing or over
--- what is older than its claim; an ended session stays ended.
--- KEYS: session, events, request, job, watch, leases, queue
+-- what is older than its claim; an ended session stays ended, also when it was deleted.
+-- KEYS: session, events, request, job, watch, leases, queue, note of a deleted session
 -- ARGV: 1 id, 2 lease, 3 epoch, 4 owner, 5 digest, 6 lease ms, 7 live ttl s, 8 watch ttl ms (0: none),
---       9 request, 10 job, 11 how many field names and values of the record follow, then these,
---       then all events from index 0 on
+--       9 request, 10 job, 11 when it was queued, 12 how many field names and values of the record
+--       follow, then these, then all events from index 0 on
 -- Returns 1 the session is whole and ours, 0 it is another's.
+if tonumber(redis.call('GET', KEYS[8])) == tonumber(ARGV[11]) then return 0 end
 local record = redis.call('HMGET', KEYS[1], 'lease', 'status', 'epoch', 'owner', 'digest', 'last')
 local ours = record[2] == 'running' and record[1] == ARGV[2]
 if record[2] and not ours then
@@ -14,14 +15,14 @@ if record[2] and not ours then
 end
 if not ours then
   redis.call('DEL', KEYS[1], KEYS[2])
-  for i = 12, 11 + ARGV[11], 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+  for i = 13, 12 + ARGV[12], 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
   redis.call('HSET', KEYS[1], 'status', 'running', 'lease', ARGV[2], 'epoch', ARGV[3])
   redis.call('ZREM', KEYS[7], ARGV[1])
 end
 local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
 local last = newest and tonumber(string.match(newest[1], '^(%d+)')) - 1 or -1
-for n = last + 1, #ARGV - 12 - ARGV[11] do
-  redis.call('XADD', KEYS[2], (n + 1) .. '-0', 'e', ARGV[12 + ARGV[11] + n])
+for n = last + 1, #ARGV - 13 - ARGV[12] do
+  redis.call('XADD', KEYS[2], (n + 1) .. '-0', 'e', ARGV[13 + ARGV[12] + n])
   last = n
 end
 redis.call('HSET', KEYS[1], 'last', last)

@@ -17,7 +17,14 @@ from shared.protocol import (
     decode_event,
     encode_event,
 )
-from shared.queue import LEASE_MS, Claimed, SessionQueue, Submission
+from shared.queue import (
+    CONTACT_MS,
+    LEASE_MS,
+    SILENCE_MS,
+    Claimed,
+    SessionQueue,
+    Submission,
+)
 from shared.session_log import FENCED, LOG_LOST, Append, SessionLog
 
 
@@ -176,33 +183,80 @@ async def test_release_puts_a_session_back_without_blame(queue, log):
     """A session given back waits again, its attempt is not counted, and its lease is void."""
     await queue.submit(submission(), 10)
     [mine] = (await queue.claim("w1", 1)).sessions
+    assert await queue.attempt(mine)
     assert await queue.release(mine)
     record = await log.record("s1")
-    assert (record.status, record.attempts) == ("queued", 0)
+    assert (record.status, record.attempts, record.claims) == ("queued", 0, 0)
     assert not await queue.release(mine)
     assert await log.append([Append(*mine, 1, [delta(1)])]) == [FENCED]
 
 
-async def test_release_with_blame_keeps_the_attempt(queue, log):
-    """A session whose engine died under it keeps the attempt on its record."""
+async def test_release_with_blame_counts_the_attempt_once(queue, log):
+    """A session whose engine died under it has one attempt more, whether it was counted or not."""
     await queue.submit(submission(), 10)
-    [mine] = (await queue.claim("w1", 1)).sessions
-    await queue.release(mine, blameless=False)
-    assert (await log.record("s1")).attempts == 1
+    for attempts, counted in ((1, False), (2, True)):
+        [mine] = (await queue.claim("w1", 1)).sessions
+        if counted:
+            await queue.attempt(mine)
+        await queue.release(mine, blameless=False)
+        assert (await log.record("s1")).attempts == attempts
 
 
-async def test_attempts_count_only_while_the_log_does_not_grow(queue, log, store):
-    """A session that loses its workers between tokens is not poison; one that gets nowhere is."""
+async def test_attempts_count_from_the_engines_begin_while_the_log_does_not_grow(queue, log, store):
+    """A session that is claimed is not blamed; nor is one whose workers die between its tokens."""
     await queue.submit(submission(), 10)
     for n in range(1, 6):
         [mine] = (await queue.claim("w1", 1)).sessions
+        assert (await log.record("s1")).attempts == 0
+        for _ in range(2):  # said twice, counted once
+            assert await queue.attempt(mine)
         assert (await log.record("s1")).attempts == 1
         await log.append([Append(*mine, n, [delta(n)])])
         await expire_lease(store, "s1")
-    for attempt in range(1, 6):
+    for claims in range(1, 4):
         await queue.claim("w1", 1)
-        assert (await log.record("s1")).attempts == attempt
+        record = await log.record("s1")
+        assert (record.attempts, record.claims) == (0, claims)
         await expire_lease(store, "s1")
+    for attempts in range(1, 4):
+        [mine] = (await queue.claim("w1", 1)).sessions
+        await queue.attempt(mine)
+        assert (await log.record("s1")).attempts == attempts
+        await expire_lease(store, "s1")
+    await queue.claim("w1", 0)
+    assert not await queue.attempt(mine)  # it is nobody's now
+
+
+async def test_after_an_outage_workers_renew_before_others_take_their_sessions(queue, store):
+    """Leases that ran out while Redis was away are given to nobody until their workers came."""
+    await queue.submit(submission(), 10)
+    leases = dict((await queue.claim("w1", 1)).sessions)
+    await queue.renew(leases)
+    await store.redis.hincrbyfloat(keys.CONTACT, "last", -2 * SILENCE_MS)  # as after an outage
+    await expire_lease(store, "s1")
+    claim = await queue.claim("w2", 1)
+    assert claim.sessions == []
+    assert 0 < claim.next_expiry_ms <= CONTACT_MS
+    await queue.renew({})  # an idle worker's: Redis is back
+    assert (await queue.claim("w2", 1)).sessions == []
+    assert await queue.renew(leases) == []  # its worker's, at last
+    await store.redis.hincrbyfloat(keys.CONTACT, "since", -CONTACT_MS)  # some time later
+    assert (await queue.claim("w2", 1)).sessions == []
+    await expire_lease(store, "s1")
+    assert [c.session_id for c in (await queue.claim("w2", 1)).sessions] == ["s1"]
+
+
+async def test_what_could_not_begin_has_waited_all_along(queue, store):
+    """A session that a worker cannot begin waits since before; one given back waits since now."""
+    await queue.submit(submission(), 10)
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await queue.release(mine, waited=True)
+    since = await store.redis.hget(keys.session("s1"), "enqueued")
+    assert await store.redis.hget(keys.session("s1"), "waiting") == since
+    [mine] = (await queue.claim("w1", 1)).sessions
+    await asyncio.sleep(0.002)  # another moment of Redis' clock
+    await queue.release(mine)
+    assert await store.redis.hget(keys.session("s1"), "waiting") > since
 
 
 async def test_begin_notes_what_a_session_is_generated_from(queue, log, store):

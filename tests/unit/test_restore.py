@@ -56,6 +56,7 @@ async def running(queue, log, count=3):
     """A running session with some events; returns its copy, as its worker holds it."""
     await queue.submit(NEW, 10)
     [mine] = (await queue.claim("w1", 1)).sessions
+    await queue.attempt(mine)
     await queue.begin(mine, "engine", "", 5, exact=True)
     record, request = await log.record("s"), await queue.request("s")
     events = [encode_event(Started(1)), *(delta(n) for n in range(1, count + 1))]
@@ -80,6 +81,7 @@ async def test_a_session_that_redis_forgot_is_as_it_was(queue, log, store):
     assert await texts(log) == ["1 ", "2 ", "3 "]
     assert await queue.request("s") == copy.request
     assert await queue.renew(dict([copy.claimed])) == []
+    await store.redis.hset(keys.CONTACT, "since", 0)
     assert await store.redis.exists(keys.watch("s"), keys.job("s")) == 2
     assert await log.append([Append(*copy.claimed, 4, [delta(4)])]) == [4]
     await store.redis.zadd(keys.LEASES, {"s": 1})  # and it can be taken over, as any other
@@ -131,6 +133,33 @@ async def test_a_copy_replaces_no_ended_session_and_no_stranger(queue, log, stor
     assert await queue.restore(copy)
     assert await texts(log) == ["1 ", "2 ", "3 "]
     assert (await queue.claim("w2", 1)).sessions == []
+
+
+async def test_a_deleted_session_is_not_brought_back(queue, log, store):
+    """Deleted after its end, a session stays so for a worker that was cut off; a new one may be."""
+    copy = await running(queue, log)
+    end = Append(*copy.claimed, 4, [])
+    await log.finish(end, END.event, status="finished", usage=Usage(), kept_seconds=9)
+    assert await queue.delete("s", "me", 60) == "deleted"
+    assert not await queue.restore(copy)
+    assert await log.record("s") is None
+    await queue.submit(NEW, 10)  # the id is used again
+    [mine] = (await queue.claim("w2", 1)).sessions
+    again = copy._replace(claimed=mine, record=await log.record("s"), events=copy.events[:1])
+    await store.redis.delete(keys.session("s"))
+    assert await queue.restore(again)
+
+
+def test_copies_are_believed_no_longer_than_ended_sessions_are_kept(monkeypatch):
+    """A worker that was cut off for longer may hold a session of whose end nothing is left."""
+    now = 100.0
+    monkeypatch.setattr(pulse_module.time, "monotonic", lambda: now)
+    pulse, long = Pulse(10.0), Pulse(7200.0)
+    steady = []
+    for _ in range(20):
+        now += 1.0
+        steady.append((pulse.steady, long.steady))
+    assert steady == [(True, True)] * 12 + [(False, True)] * 8
 
 
 async def test_a_writer_goes_on_after_flushall(queue, log, store, publisher):

@@ -1,0 +1,249 @@
+"""What a worker does with sessions that it cannot run, or shall run no longer."""
+
+import asyncio
+import types
+
+import pytest
+from redis.exceptions import ResponseError
+
+from shared import keys
+from shared.errors import UnbrokenError
+from shared.presence import Presence
+from shared.protocol import (
+    Delta,
+    GenerationRequest,
+    Message,
+    SamplingParams,
+    TextPart,
+    decode_event,
+)
+from shared.queue import SessionQueue, Submission
+from shared.session_log import SessionLog
+from shared.store import Store, connect
+from worker import handover
+from worker.consumer import LeasedWorker
+from worker.engine.messages import Output, Piece, Prompt
+from worker.parts import Parts
+from worker.publisher import Publisher
+from worker.pulse import Pulse
+
+TOKENS = 40
+READY = types.SimpleNamespace(fingerprint="fp", exact=True, model="m")
+
+
+class ScriptedEngine:
+    """Says the tokens 1, 2, … of each sequence, one a step, from behind what it has already."""
+
+    def __init__(self):
+        self.state = types.SimpleNamespace(ready=READY)
+        self.on_step_end, self.running, self._handles = lambda: None, {}, 0
+        self.going = asyncio.Event()
+        self.going.set()
+
+    def new_handle(self):
+        self._handles += 1
+        return self._handles
+
+    def add(self, message, sink, on_begin):
+        on_begin()
+        self.running[message.handle] = [sink, len(message.generated)]
+
+    def abort(self, handle):
+        self.running.pop(handle, None)
+
+    def cancel(self, handle, _reason):
+        self.abort(handle)
+
+    def blames(self, _handle):
+        return True
+
+    async def run(self):
+        while True:
+            await self.going.wait()
+            for handle, [sink, count] in list(self.running.items()):
+                token, last = count + 1, count + 1 == TOKENS
+                if last:
+                    del self.running[handle]
+                else:
+                    self.running[handle][1] = token
+                piece = Piece((token,), f"{token} ", "content")
+                finish = "length" if last else None
+                sink(Output(handle, (piece,), finish, completion_tokens=token))
+            self.on_step_end()
+            await asyncio.sleep(0.005)
+
+
+class ScriptedPrompts:
+    """Prepares any prompt; `failures` are raised before."""
+
+    def __init__(self):
+        self.failures = []
+
+    async def build(self, _request):
+        if self.failures:
+            raise self.failures.pop()
+        return Prompt([1, 2, 3]), ()
+
+
+class Worker:
+    """A real `LeasedWorker` with a scripted engine."""
+
+    def __init__(self, name, url):
+        self.store, self.bell = Store(connect(url)), Store(connect(url))
+        self.queue = SessionQueue(self.store, kept_seconds=60, watch_ms=60_000, model="m")
+        bell = SessionQueue(self.bell, kept_seconds=60, watch_ms=60_000, model="m")
+        self.engine, self.prompts = ScriptedEngine(), ScriptedPrompts()
+        self.publisher = Publisher(SessionLog(self.store), kept_seconds=60)
+        self.engine.on_step_end = self.publisher.flush
+        self.consumer = LeasedWorker(
+            worker_id=name,
+            store=self.store,
+            bell=bell,
+            queue=self.queue,
+            presence=Presence(self.store, watch_ms=60_000),
+            parts=Parts(
+                log=SessionLog(self.store),
+                queue=self.queue,
+                publisher=self.publisher,
+                prompts=self.prompts,
+                engine=self.engine,
+            ),
+            slots=32,
+            pulse=Pulse(),
+        )
+        self.consumer.can_claim.set()
+
+    def start(self):
+        self.publisher.start()
+        coroutines = (self.consumer.async_run(), self.engine.run())
+        self.tasks = [asyncio.ensure_future(c) for c in coroutines]
+
+    async def stop(self):
+        await self.consumer.drain(0)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.publisher.close()
+        await self.store.close()
+        await self.bell.close()
+
+
+@pytest.fixture
+async def make(redis_url):
+    """Make a worker, to be started."""
+    made = []
+
+    def make(name="w1"):
+        made.append(Worker(name, redis_url))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        await worker.stop()
+
+
+@pytest.fixture
+def log(store):
+    return SessionLog(store)
+
+
+async def submit(queue, *names):
+    request = GenerationRequest((Message("user", (TextPart("x"),)),), SamplingParams())
+    for name in names:
+        await queue.submit(Submission(name, "", request.digest(), "m", "fp", False, request), 100)
+
+
+async def ended(log, session_id):
+    """Wait for a session's end; returns its record and its text."""
+    while not (record := await log.record(session_id)).has_ended:
+        await asyncio.sleep(0.02)
+    events = [decode_event(entry.data) for entry in await log.read_all(session_id)]
+    return record, "".join(event.text for event in events if isinstance(event, Delta))
+
+
+WHOLE = "".join(f"{n} " for n in range(1, TOKENS + 1))
+
+
+async def test_what_a_worker_cannot_prepare_now_is_tried_again(make, log):
+    """A processor without room, or away for a moment, gives sessions back instead of failing."""
+    worker = make()
+    for code in ("unavailable", "model_not_ready"):
+        worker.prompts.failures.append(UnbrokenError(code, "not now"))
+    worker.start()
+    await submit(worker.queue, "s")
+    record, text = await ended(log, "s")
+    assert (record.status, text, record.claims) == ("finished", WHOLE, 1)
+
+
+async def test_an_error_of_redis_that_stays_is_not_tried_for_ever(make, log):
+    """A session of which Redis refuses something again and again ends as failed."""
+    worker = make()
+
+    async def refuse(*_args, **_options):
+        raise ResponseError("ERR this does not pass")
+
+    worker.queue.begin = refuse
+    worker.start()
+    await submit(worker.queue, "s")
+    record, _text = await ended(log, "s")
+    assert (record.status, record.attempts) == ("failed", 3)
+
+
+async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, store):
+    """Each goes on elsewhere at its next token, and the others run on meanwhile."""
+    old, new = make("old"), make("new")
+    names = [f"s{n}" for n in range(12)]
+    old.start()
+    await submit(old.queue, *names)
+    while len(old.engine.running) < len(names):
+        await asyncio.sleep(0.01)
+    new.start()
+    new.engine.going.clear()  # it claims, and says nothing yet
+    draining = asyncio.create_task(old.consumer.drain(10, takers=1))
+    while len(new.engine.running) < handover.AT_ONCE:
+        await asyncio.sleep(0.005)
+    assert len(old.engine.running) >= len(names) - handover.AT_ONCE - 1
+    new.engine.going.set()
+    await draining
+    leases = await asyncio.gather(*(store.redis.hget(keys.session(n), "lease") for n in names))
+    assert not any(lease and lease.startswith(b"old") for lease in leases)
+    for name in names:
+        record, text = await ended(log, name)
+        assert (record.status, text) == ("finished", WHOLE)
+
+
+async def test_a_drain_ends_jobs_that_swallow_a_cancellation(make, log, store):
+    """A job that is caught where redis-py swallows it costs a second, and its session is free."""
+    worker, swallowed = make(), asyncio.Event()
+
+    async def connect_slowly(_session_id):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if swallowed.is_set():
+                    raise
+                swallowed.set()
+
+    worker.consumer._parts.log.read_all = connect_slowly
+    worker.start()
+    await submit(worker.queue, "s")
+    while not any(job._writer for job in worker.consumer._jobs.values()):
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(worker.consumer.drain(0), 5)
+    assert swallowed.is_set()
+    assert (await log.record("s")).status == "queued"
+    assert await store.redis.zcard(keys.LEASES) == 0
+
+
+async def test_the_engines_begin_is_counted_and_progress_forgotten(make, log, store):
+    """A run is an attempt once the engine has begun it; an end leaves the count of one run."""
+    worker = make()
+    worker.engine.going.clear()
+    worker.start()
+    await submit(worker.queue, "s")
+    while (await log.record("s")).attempts == 0:
+        await asyncio.sleep(0.01)
+    worker.engine.going.set()
+    record, text = await ended(log, "s")
+    assert (record.attempts, record.claims, text) == (1, 1, WHOLE)

@@ -1,0 +1,47 @@
+"""What all sessions of a worker share, and the ways in which one leaves it without an end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.queue import SessionQueue
+    from shared.session_log import SessionLog
+    from worker.engine_client import EngineClient
+    from worker.prompts import PromptBuilder
+    from worker.publisher import Publisher
+
+
+class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
+    """The session is another worker's now, or gone: drop it without a word."""
+
+
+class GiveBack(Exception):  # noqa: N818 - see LeaseLost
+    """The session goes back to the queue: the engine died, or another worker shall go on with it.
+
+    Args:
+        blameless: the session cannot be the reason.
+        waited: it could not begin here: it has waited for a worker all along.
+    """
+
+    def __init__(self, *, blameless: bool = True, waited: bool = False) -> None:
+        super().__init__()
+        self.blameless, self.waited = blameless, waited
+
+
+class Parts:
+    """What all sessions of a worker share."""
+
+    def __init__(
+        self,
+        *,
+        log: SessionLog,
+        queue: SessionQueue,
+        publisher: Publisher,
+        prompts: PromptBuilder,
+        engine: EngineClient,
+        max_attempts: int = 3,
+    ) -> None:
+        self.log, self.queue, self.publisher = log, queue, publisher
+        self.prompts, self.engine = prompts, engine
+        self.max_attempts = max_attempts
