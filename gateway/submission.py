@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
-import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -124,7 +124,8 @@ def _attach(known: SessionRecord, owner: str, chat: ChatRequest) -> SessionRecor
 def _submission(session_id: str, owner: str, chat: ChatRequest, worker: WorkerInfo) -> Submission:
     generation = chat.generation
     if not chat.seed_given:
-        sampling = msgspec.structs.replace(generation.sampling, seed=secrets.randbits(62))
+        seed = _seed(owner, session_id, chat.digest)
+        sampling = msgspec.structs.replace(generation.sampling, seed=seed)
         generation = msgspec.structs.replace(generation, sampling=sampling)
     return Submission(
         session_id=session_id,
@@ -136,6 +137,16 @@ def _submission(session_id: str, owner: str, chat: ChatRequest, worker: WorkerIn
         request=generation,
         response=chat.response,
     )
+
+
+def _seed(owner: str, session_id: str, digest: str) -> int:
+    """Draw a seed, always the same one for this session and this body.
+
+    Redis may lose a session while a worker runs it. A POST that is sent again may then begin it
+    anew before that worker has written it again, and must begin the same text.
+    """
+    drawn = hashlib.sha256(json.dumps([owner, session_id, digest]).encode()).digest()
+    return int.from_bytes(drawn[:8], "big") >> 2
 
 
 def _choose(ready: list[WorkerInfo], model: str | None, services: Services) -> WorkerInfo:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+from shared.protocol import decode_request
 from tests.served import serving
 
 BODY = {"messages": [{"role": "user", "content": "x"}]}
@@ -52,3 +53,21 @@ async def test_a_session_that_outlives_every_worker_ends_with_an_error(redis_url
     assert second.json()["error"]["code"] == "queue_timeout"
     assert (state["status"], state["usage"]["completion_tokens"]) == ("failed", 1)
     assert state["error"]["code"] == "queue_timeout"
+
+
+async def test_a_post_sent_again_after_a_loss_begins_the_same_text(redis_url, store, worker):
+    """Without a seed of the client's, id and body make it: whoever wins, the text is the same."""
+    seeds = {}
+    async with serving(redis_url) as client:
+        for name in ("mine", "mine", "another"):
+            await store.redis.flushall()
+            await worker.announce()
+            body = {**BODY, "session_id": name}
+            post = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await waiting(worker)
+            request = decode_request(await worker.queue.request(name))
+            seeds.setdefault(name, set()).add(request.sampling.seed)
+            await worker.finish((await worker.claim())[0])
+            assert (await post).status_code == 200
+    assert len(seeds["mine"]) == 1
+    assert seeds["mine"] != seeds["another"]
