@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.fit import silent
 from gateway.sse import SESSION_ID
 from shared import data_url
 from shared.errors import UnbrokenError
@@ -98,6 +99,7 @@ class ChatRequest(NamedTuple):
     session_id: str | None
     model: str | None
     response: ResponseParams | None = None
+    silent: frozenset[str] = frozenset()
 
 
 def unsupported(param: str, why: str = "is not supported") -> UnbrokenError:
@@ -182,6 +184,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
         include_usage=options.include_usage,
         session_id=chat.session_id,
         model=chat.model,
+        silent=silent(chat),
     )
 
 

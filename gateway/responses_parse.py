@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
+from gateway.fit import silent
 from gateway.openai import (
     ChatRequest,
     GenerationBody,
@@ -76,6 +77,7 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
         session_id=None,
         model=asked.model,
         response=params,
+        silent=silent(asked),
     )
 
 

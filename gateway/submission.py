@@ -12,6 +12,7 @@ import msgspec
 from redis.exceptions import OutOfMemoryError
 
 from gateway import meter
+from gateway.fit import check_fits, with_defaults
 from gateway.limits import cost
 from shared.archive import ArchiveError
 from shared.errors import UnbrokenError
@@ -57,7 +58,7 @@ async def submit(
     if archived:
         return _attach(archived, owner, chat)
     try:
-        worker = _choose(await services.models.ready(), chat.model, services)
+        worker, chat = _suited(await services.models.ready(), chat, services)
     except UnbrokenError:
         # An attach needs no worker: whoever has the session may read it while none is ready.
         known = await services.log.record(session_id) if may_exist else None
@@ -147,6 +148,15 @@ def _seed(owner: str, session_id: str, digest: str) -> int:
     """
     drawn = hashlib.sha256(json.dumps([owner, session_id, digest]).encode()).digest()
     return int.from_bytes(drawn[:8], "big") >> 2
+
+
+def _suited(
+    ready: list[WorkerInfo], chat: ChatRequest, services: Services
+) -> tuple[WorkerInfo, ChatRequest]:
+    """Pick the model that answers; returns the request with that model's defaults."""
+    worker = _choose(ready, chat.model, services)
+    check_fits(chat.generation, [other for other in ready if other.model == worker.model])
+    return worker, with_defaults(chat, worker)
 
 
 def _choose(ready: list[WorkerInfo], model: str | None, services: Services) -> WorkerInfo:

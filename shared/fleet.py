@@ -19,6 +19,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     """What a worker says of itself. `reason` explains every state but `ready`.
 
     `tokens_per_second` are those of the last second; `cache_usage` is a share, 0 to 1.
+    `defaults` are the sampling parameters that its model's authors set; no token of the model
+    stands for more than `token_bytes` bytes of text (0: not known).
     """
 
     id: str
@@ -33,6 +35,8 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     pid: int = 0
     tokens_per_second: float = 0.0
     cache_usage: float = 0.0
+    defaults: dict[str, float] = {}
+    token_bytes: int = 0
 
 
 _decoder = msgspec.json.Decoder(WorkerInfo)

@@ -20,18 +20,9 @@ class ScriptedWorker:
         self._next: dict[str, int] = {}
         self.load: dict[str, float] = {}  # more of what it says of itself
 
-    async def announce(self, state="ready", reason="") -> None:
-        info = WorkerInfo(
-            self.id,
-            state,
-            self.model,
-            reason,
-            context_length=128,
-            fingerprint="fp_test",
-            since=1,
-            **self.load,
-        )
-        await self.fleet.announce(info)
+    async def announce(self, state="ready", reason="", **more) -> None:
+        known = {"context_length": 128, "fingerprint": "fp_test", "since": 1, **self.load, **more}
+        await self.fleet.announce(WorkerInfo(self.id, state, self.model, reason, **known))
 
     async def claim(self, count: int = 1) -> list[Claimed]:
         claim = await self.queue.claim(self.id, count)

@@ -149,6 +149,8 @@ class WorkerProcess:
             pid=os.getpid(),
             tokens_per_second=self._load.tokens_per_second,
             cache_usage=self._load.cache_usage if self._consumer.running else 0.0,
+            defaults=ready.defaults if ready else {},
+            token_bytes=ready.token_bytes if ready else 0,
         )
 
     def _write_status(self, info: WorkerInfo) -> None:

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from shared import keys
+from shared.protocol import decode_request
 from tests.scripted import ScriptedWorker
 from tests.served import serving
 
@@ -463,3 +464,23 @@ async def test_a_bug_is_500_without_a_word_of_what_it_was(client, worker, monkey
     assert "secret" not in response.text
     assert response.headers["x-request-id"]
     assert (await client.get("/health")).status_code == 200
+
+
+async def test_the_models_defaults_are_queued_and_what_cannot_fit_is_not(start, worker):
+    """A worker's register decides both, before anything waits."""
+    client = await start()
+    limits = {"defaults": {"top_k": 20.0, "top_p": 0.95}, "token_bytes": 8}
+    await worker.announce(**limits)
+    long = [{"role": "user", "content": "x" * 1100}]
+    refused = await client.post("/v1/chat/completions", json={"messages": long})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        400,
+        "context_length_exceeded",
+    )
+    assert await client.services.queue.depth() == 0
+    body = {**BODY, "stream": True, "top_p": 0.5, "session_id": "defaults"}
+    async with client.stream("POST", "/v1/chat/completions", json=body):
+        [claimed] = await worker.claim()
+        request = decode_request(await worker.queue.request("defaults"))
+        await worker.finish(claimed)
+    assert (request.sampling.top_k, request.sampling.top_p) == (20, 0.5)

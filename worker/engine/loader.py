@@ -11,7 +11,7 @@ import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from worker.engine.defaults import longest_token, sampling_defaults
 from worker.engine.memory import available_memory
 from worker.engine.messages import EngineConfig
 
@@ -64,6 +65,8 @@ class LoadedModel:
     fingerprint: str
     exact: bool = True
     replay: bool = False
+    defaults: dict[str, float] = field(default_factory=dict)
+    token_bytes: int = 0
 
 
 def use_threads(count: int) -> None:
@@ -312,6 +315,8 @@ def _describe(
         fingerprint=" | ".join(parts),
         exact=alike or wanted,
         replay=wanted and not alike,
+        defaults=sampling_defaults(model.generation_config),
+        token_bytes=longest_token(tokenizer),
     )
 
 

@@ -113,7 +113,8 @@ class Loading:
 class Ready:
     """The model is loaded. `fingerprint` names what exact continuation depends on.
 
-    `exact` says that a sequence continued here has the tokens of an undisturbed run.
+    `exact` says that a sequence continued here has the tokens of an undisturbed run; `defaults` and
+    `token_bytes` are those of `shared.fleet.WorkerInfo`.
     """
 
     model: str
@@ -123,6 +124,8 @@ class Ready:
     fingerprint: str
     seconds: float
     exact: bool = True
+    defaults: dict[str, float] = field(default_factory=dict)
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
             fingerprint=loaded.fingerprint,
             seconds=time.monotonic() - began,
             exact=loaded.exact,
+            defaults=loaded.defaults,
+            token_bytes=loaded.token_bytes,
         )
     )
     return engine
