@@ -34,7 +34,7 @@ from worker.job import SessionJob
 from worker.parts import GiveBack, LeaseLost
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from arq.typing import WorkerCoroutine
 
@@ -261,20 +261,21 @@ class LeasedWorker(Worker):
             elif not signals.watched:
                 jobs[sid].abandon()
 
-    async def drain(self, grace_seconds: float, takers: int = 0) -> None:
+    async def drain(self, grace_seconds: float, free_slots: Sequence[int] = ()) -> None:
         """Claim no more; let the running sessions end, or go on elsewhere; give back the rest.
 
         Args:
             grace_seconds: how long that may take.
-            takers: how many live workers could take over; without any, sessions run on here.
+            free_slots: the room of each live worker that could take over; sessions for which there
+                is none run on here.
         """
         self.can_claim.clear()
         if self.main_task:
             await stop(self.main_task)
-        if takers:
-            await hand_over(self._jobs, self._queue, takers, grace_seconds)
-        elif self.tasks:
-            await asyncio.wait(set(self.tasks.values()), timeout=grace_seconds)
+        end = time.monotonic() + grace_seconds
+        await hand_over(self._jobs, self._queue, free_slots, grace_seconds)
+        if self.tasks:
+            await asyncio.wait(set(self.tasks.values()), timeout=max(0, end - time.monotonic()))
         for job in list(self._jobs.values()):
             job.hand_over()
         if late := set(self.tasks.values()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from shared.store import FAILED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from shared.queue import SessionQueue
     from worker.job import SessionJob
@@ -19,22 +20,23 @@ AT_ONCE = 2
 
 LONGEST_SECONDS = 10.0
 WAIT_SECONDS = 1.0
-"""How long the next session waits for one that makes no progress elsewhere."""
+"""How long the next session waits for one that makes no progress elsewhere, or for Redis."""
 
 LOOK_SECONDS = 0.02
 
 
 async def hand_over(
-    jobs: Mapping[str, SessionJob], queue: SessionQueue, takers: int, seconds: float
+    jobs: Mapping[str, SessionJob], queue: SessionQueue, free_slots: Sequence[int], seconds: float
 ) -> None:
     """Give running sessions back one after the other, each as soon as another one goes on.
 
     All at once would wait for each other: a successor prepares and prefills one prompt at a time.
+    Those for which there is no room elsewhere stay.
 
     Args:
         jobs: the running sessions by id; they leave this mapping as they end.
         queue: where they go.
-        takers: how many live workers may take them.
+        free_slots: the room of each live worker that may take some.
         seconds: how long it may take; what is left then is still in `jobs`.
     """
     end = time.monotonic() + min(seconds, LONGEST_SECONDS)
@@ -42,8 +44,8 @@ async def hand_over(
     under_way: dict[str, tuple[int, float]] = {}  # session: its last index, and when it was given
     while time.monotonic() < end:
         left = [session_id for session_id in jobs if session_id not in given]
-        free = AT_ONCE * takers - len(under_way)
-        going = left[: max(0, free)]
+        left = left[: sum(free_slots) - len(given)]
+        going = left[: max(0, AT_ONCE * len(free_slots) - len(under_way))]
         lasts = await _lasts(queue, [*under_way, *going])
         for session_id in going:
             given.add(session_id)
@@ -61,7 +63,6 @@ async def hand_over(
 
 async def _lasts(queue: SessionQueue, session_ids: list[str]) -> dict[str, int]:
     """Return the last index of each session that runs or waits; none while Redis is away."""
-    try:
-        return await queue.lasts(session_ids)
-    except FAILED:
-        return dict.fromkeys(session_ids, -1)
+    with contextlib.suppress(*FAILED, asyncio.TimeoutError):
+        return await asyncio.wait_for(queue.lasts(session_ids), WAIT_SECONDS)
+    return dict.fromkeys(session_ids, -1)

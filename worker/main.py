@@ -182,19 +182,20 @@ class WorkerProcess:
     def _can_take_over(self, worker: WorkerInfo) -> bool:
         ours = self._engine.state.ready
         same = ours is None or worker.model == ours.model
-        return worker.id != self.id and worker.state == "ready" and same
+        room = worker.running < worker.slots
+        return worker.id != self.id and worker.state == "ready" and same and room
 
     async def _shut_down(self, *background: asyncio.Task[None]) -> None:
         log.info("shutdown", extra={"worker": self.id, "running": self._consumer.running})
         self._draining = True
         self._consumer.can_claim.clear()
         self._write_status(self._info())
-        takers = 0
+        free: list[int] = []
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
-            takers = sum(self._can_take_over(w) for w in await self._fleet.live())
+            free = [w.slots - w.running for w in await self._fleet.live() if self._can_take_over(w)]
         await stop(*background)
-        await self._consumer.drain(self._settings.drain_seconds, takers)
+        await self._consumer.drain(self._settings.drain_seconds, free)
         with contextlib.suppress(*FAILED):
             await self._fleet.leave(self.id)
         await self._publisher.close()

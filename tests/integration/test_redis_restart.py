@@ -2,41 +2,20 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 
 import httpx
 import pytest
 
-import run
 from shared.protocol import Delta, Finished, Usage
 from shared.session_log import SessionLog
 from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
+from tests.own_redis import OwnRedis
 from tests.scripted import ScriptedWorker
 from worker.publisher import Ending, Publisher
 
 pytestmark = pytest.mark.timeout(90)
 STREAMS, TOKENS = 50, 120
-
-
-class OwnRedis:
-    """A Redis with an append-only file, on a port it keeps."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, run.free_port()
-        (folder / "redis.conf").write_text(run.REDIS_CONF.format(port=self.port, password="pw"))
-        self.url = f"redis://:pw@127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self):
-        with (self.folder / "redis.log").open("ab") as log:
-            argv = [run.find_redis(sys.executable), "redis.conf"]
-            self.process = subprocess.Popen(argv, cwd=self.folder, stdout=log, stderr=log)
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture

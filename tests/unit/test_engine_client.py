@@ -152,6 +152,23 @@ async def test_a_real_engine_process_serves_cancels_and_aborts(served, monkeypat
 
 
 @shared_engine
+async def test_it_tells_once_that_the_engine_begins_a_sequence(served):
+    """Before the first output, and once, however many chunks the prompt has."""
+    client, _states = served
+    order, over = [], asyncio.Event()
+
+    def sink(output):
+        order.append("output")
+        if output is None or output.finish:
+            over.set()
+
+    message = Add(client.new_handle(), Prompt(list(range(10, 300))), SHORT)
+    client.add(message, sink, lambda: order.append("begun"))
+    await over.wait()
+    assert order == ["begun", *["output"] * 8]
+
+
+@shared_engine
 async def test_a_killed_engine_is_reported_and_replaced(served):
     """After SIGKILL each sequence hears None once, and the next engine serves again."""
     client, states = served
