@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -20,8 +20,11 @@ from gateway.submission import NOT_FOUND, chosen_id, say_watched, submit
 from shared import metrics
 from shared.errors import UnbrokenError
 from shared.protocol import decode_event
+from shared.store import LOST
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from gateway.connection import Connection
     from gateway.sse import Cursor
     from gateway.state import Services
@@ -35,6 +38,13 @@ PARSE_IN_THREAD_BYTES = 2**18
 REWRITE_SECONDS = 5.0
 """How long a live session's log may take to reach a place that a client has seen: a Redis that was
 killed comes back without its last moments, which the session's worker writes again."""
+
+PATIENCE_SECONDS = 3.0
+PATIENCE_STEP = 0.05
+"""How long a resume waits for a Redis that is away, and between two tries: a restart is most often
+shorter than what a 503 makes clients wait."""
+
+T = TypeVar("T")
 
 _BODY_DOC = {
     "requestBody": {
@@ -56,7 +66,7 @@ async def chat_completions(request: Request) -> Response:
     settings = services.settings
     body = await read_body(request, settings.max_body_bytes, settings.body_timeout_seconds)
     if cursor := cursor_of(request):
-        return await resume(services, owner, cursor, body)
+        return await patiently(lambda: resume(services, owner, cursor, body))
     if len(body) > PARSE_IN_THREAD_BYTES:
         chat = await asyncio.to_thread(_parse, body, services)
     else:
@@ -101,6 +111,18 @@ def cursor_of(request: Request) -> Cursor | None:
         if values:
             return sse.parse_cursor(values.pop())
     return None
+
+
+async def patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """Do what a client needs to go on with its stream, again while Redis is away for a moment."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await work()
+        except LOST:
+            if time.monotonic() > until:
+                raise
+        await asyncio.sleep(PATIENCE_STEP)
 
 
 async def owned_record(services: Services, session_id: str, owner: str) -> SessionRecord:

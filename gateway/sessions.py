@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gateway import meter, signing, sse
 from gateway.auth import OPEN
-from gateway.chat import _stream, answer_whole, check_place, cursor_of, owned_record
+from gateway.chat import _stream, answer_whole, check_place, cursor_of, owned_record, patiently
 from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
 from shared.protocol import Failed, Finished, decode_event
@@ -104,8 +104,12 @@ async def events(session_id: str, request: Request) -> Response:
     if cursor and cursor.session_id != session_id:
         raise UnbrokenError("invalid_value", "Last-Event-ID is another session's.", "Last-Event-ID")
     try:
-        owner = await _reader(services, session_id, request)
-        return await _events(services, owner, session_id, cursor)
+
+        async def answer() -> Response:
+            owner = await _reader(services, session_id, request)
+            return await _events(services, owner, session_id, cursor)
+
+        return await (patiently(answer) if cursor else answer())
     except UNAVAILABLE:
         if request.headers.get("accept") != "text/event-stream":
             raise

@@ -12,6 +12,7 @@ from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
 from tests.own_redis import OwnRedis
 from tests.scripted import ScriptedWorker
+from tests.served import serving
 from worker.publisher import Ending, Publisher
 
 pytestmark = pytest.mark.timeout(90)
@@ -82,3 +83,29 @@ async def test_fifty_streams_go_on_when_redis_is_killed_and_restarted(own_redis,
         await store.close()
         for gateway in gateways:
             gateway.stop()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v1/chat/completions"), ("GET", "/v1/sessions/s/events")]
+)
+async def test_a_resume_waits_for_a_redis_that_is_soon_back(own_redis, method, path):
+    """Who comes back during a restart is answered with its stream, not with a 503."""
+    store = Store(connect(own_redis.url, retries=10))
+    worker = ScriptedWorker(store)
+    await worker.announce()
+    async with serving(own_redis.url) as client:
+        reader = asyncio.create_task(read_stream(str(client.base_url), "s"))
+        claimed = await worker.next()
+        await worker.say(claimed, "word")
+        await worker.finish(claimed)
+        await reader
+        own_redis.kill()
+        place = {"last-event-id": "s:1"}
+        resumed = asyncio.create_task(client.request(method, path, headers=place))
+        done, _ = await asyncio.wait({resumed}, timeout=0.5)
+        assert not done
+        own_redis.start()
+        answer = await resumed
+    assert (answer.status_code, answer.text[:9]) == (200, "id: s:2\nd")
+    assert answer.text.endswith("data: [DONE]\n\n")
+    await store.close()
