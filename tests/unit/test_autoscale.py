@@ -33,9 +33,11 @@ def autoscale():
         (3, 0, 300, 2),
         (1, 0, 900, 1),
         (0, 0, 0, 1),
+        (0, None, 900, 1),
+        (3, None, 900, 3),
         (6, 0, 0, 4),
     ],
 )
-def test_the_goal(autoscale, running: int, waiting: int, idle: float, goal: int) -> None:
+def test_the_goal(autoscale, running: int, waiting: int | None, idle: float, goal: int) -> None:
     """More for those that wait, one fewer after a quiet time, never beyond the bounds."""
     assert autoscale.wanted(running, waiting, idle, ARGS) == goal
