@@ -1,4 +1,4 @@
-"""Asks the gateway of this container how it is: `python -m gateway.healthcheck [--ready]`.
+"""Asks the gateway of this container how it is: `python -m gateway.healthcheck [--end-hung]`.
 
 Needs the standard library alone, since it starts every few seconds.
 """
@@ -8,9 +8,14 @@ from __future__ import annotations
 import http.client
 import json
 import sys
+from pathlib import Path
+
+from shared import hung
 
 ADDRESS = "127.0.0.1:3000"
 TIMEOUT_SECONDS = 3.0
+STRIKES_FILE = Path("/tmp/gateway.hangs")  # noqa: S108 - a container's own
+HANGS = "broken: it hangs"
 
 
 def check(address: str, *, need_ready: bool = False) -> tuple[int, str]:
@@ -23,7 +28,9 @@ def check(address: str, *, need_ready: bool = False) -> tuple[int, str]:
         _, body = _get(address, "/health")
         if body.get("status") != "ok":
             return 1, f"broken: {address} is no gateway"
-        status, body = _get(address, "/ready")
+        status, body = _ready(address)
+    except TimeoutError:
+        return 1, f"{HANGS}, no answer from {address} within {TIMEOUT_SECONDS:g} s"
     except (OSError, http.client.HTTPException, ValueError) as error:
         return 1, f"broken: no answer from {address} ({error})"
     if status == http.client.OK:
@@ -31,6 +38,14 @@ def check(address: str, *, need_ready: bool = False) -> tuple[int, str]:
     said = body.get("error")
     why = said.get("message") if isinstance(said, dict) else f"HTTP {status}"
     return int(need_ready), f"starting: {why}"
+
+
+def _ready(address: str) -> tuple[int, dict[str, object]]:
+    """Ask `/ready`; it may wait for Redis for longer than this command does."""
+    try:
+        return _get(address, "/ready")
+    except TimeoutError:
+        return 503, {"error": {"message": "Redis takes its time."}}
 
 
 def _get(address: str, path: str) -> tuple[int, dict[str, object]]:
@@ -45,9 +60,15 @@ def _get(address: str, path: str) -> tuple[int, dict[str, object]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the sentence; return the exit code."""
+    """Print the sentence; return the exit code.
+
+    With `--end-hung`, a gateway that accepts connections and answers none is killed with the third
+    call in a row.
+    """
     addresses = [argument for argument in arguments if not argument.startswith("-")]
     code, sentence = check(*addresses or [ADDRESS], need_ready="--ready" in arguments)
+    if "--end-hung" in arguments:
+        hung.judge(STRIKES_FILE, "gateway.main", hangs=sentence.startswith(HANGS))
     print(sentence)  # noqa: T201 - its answer
     return code
 

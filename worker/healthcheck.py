@@ -1,4 +1,4 @@
-"""How a worker is, in a file: written by the worker, read by `python -m worker.healthcheck FILE`.
+"""How a worker is, in a file: it writes, `python -m worker.healthcheck FILE [--end-hung]` reads.
 
 Reading needs the standard library alone, since it starts every few seconds.
 """
@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared import hung
+
 STALE_SECONDS = 60.0
 """A worker that has not written for so long hangs: it writes every second while Redis answers, and
 between two attempts to reach it while it does not."""
+
+HANGS = "broken: it hangs"
 
 
 def write(path: Path, *, state: str, reason: str, model: str, running: int, slots: int) -> None:
@@ -40,7 +44,7 @@ def check(path: Path, now: float) -> tuple[int, str]:
     except (OSError, ValueError) as error:
         return 1, f"broken: its status cannot be read ({error})"
     if abs(now - word["at"]) > STALE_SECONDS:
-        return 1, f"broken: silent for {now - word['at']:.0f} s"
+        return 1, f"{HANGS}, silent for {now - word['at']:.0f} s"
     load = f"{word['running']} of {word['slots']} slots in use"
     return {
         "ready": (0, f"ready: {word['model']}, {load}"),
@@ -50,8 +54,15 @@ def check(path: Path, now: float) -> tuple[int, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the sentence; return the exit code."""
-    code, sentence = check(Path(arguments[0]), time.time())
+    """Print the sentence; return the exit code.
+
+    With `--end-hung`, a worker that has hung for three calls in a row is killed.
+    """
+    status = Path(arguments[0])
+    code, sentence = check(status, time.time())
+    if "--end-hung" in arguments:
+        hangs = sentence.startswith(HANGS)
+        hung.judge(status.with_name(status.name + ".hangs"), "worker.main", hangs=hangs)
     print(sentence)  # noqa: T201 - its answer
     return code
 

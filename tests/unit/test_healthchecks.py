@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway import healthcheck as of_gateway
+from shared import hung
 from shared.settings import WorkerSettings
 from tests.stack import ROOT
 from worker import healthcheck as of_worker
@@ -28,6 +31,9 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if not answers[self.path]:
+                over.wait()  # it hangs
+                return
             status, body = answers[self.path]
             self.send_response(status)
             self.end_headers()
@@ -36,12 +42,14 @@ def server():
         def log_message(self, *args):
             pass
 
+    over = threading.Event()
     answers = {"/health": (200, {"status": "ok"}), "/ready": (200, READY)}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.answers = answers
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
+        over.set()
         running.shutdown()
         thread.join()
 
@@ -73,6 +81,40 @@ def test_something_else_on_the_port_is_no_gateway(server, body):
     assert (code, sentence.partition(":")[0]) == (1, "broken")
 
 
+def test_a_gateway_whose_redis_hangs_lives(server, monkeypatch):
+    """That `/ready` takes long is no reason to give it up."""
+    monkeypatch.setattr(of_gateway, "TIMEOUT_SECONDS", 0.2)
+    server.answers["/ready"] = None  # for ever
+    assert of_gateway.check(address(server)) == (0, "starting: Redis takes its time.")
+
+
+def test_a_gateway_that_hangs_is_killed_with_the_third_strike(server, monkeypatch, tmp_path):
+    """A good check in between begins the count anew; without the option nothing is killed."""
+    monkeypatch.setattr(of_gateway, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(of_gateway, "STRIKES_FILE", tmp_path / "strikes")
+    monkeypatch.setattr(hung, "INIT", os.getpid())
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "main.py").write_text("import time; time.sleep(60)")
+    argv = [sys.executable, "-m", "gateway.main"]
+    good = {**server.answers}
+    with subprocess.Popen(argv, cwd=tmp_path) as program:
+
+        def check(*options: str, answers: bool = False) -> int | None:
+            server.answers["/health"] = good["/health"] if answers else None
+            of_gateway.main([address(server), *options])
+            return program.poll()
+
+        try:
+            for _ in range(hung.STRIKES + 1):
+                assert check() is None
+            for answers in (False, False, True, False, False):
+                assert check("--end-hung", answers=answers) is None
+            check("--end-hung")
+            assert program.wait(10) == -signal.SIGKILL
+        finally:
+            program.kill()
+
+
 def test_a_dead_gateway_is_broken():
     """The command ends with 1 where nobody listens; it needs no package."""
     argv = [sys.executable, "-S", "-m", "gateway.healthcheck", "127.0.0.1:1"]
@@ -100,7 +142,7 @@ def test_a_workers_states(tmp_path: Path, state: str, reason: str, code: int, se
     of_worker.write(file, state=state, reason=reason, model="demo", running=3, slots=32)
     assert of_worker.check(file, time.time()) == (code, sentence)
     late, why = of_worker.check(file, time.time() + 2 * of_worker.STALE_SECONDS)
-    assert (late, why.partition(":")[0]) == (1, "broken")
+    assert (late, why.startswith(of_worker.HANGS)) == (1, True)
 
 
 def test_a_worker_that_has_said_nothing(tmp_path: Path):
