@@ -99,6 +99,13 @@ class Local:
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         return {"rate": count / seconds, "cpu_rate": count / cpu, **quantiles(gaps)}
 
+    def fill(self, prompts: list[Prompt], tokens: int) -> None:
+        """Send the prompts to the engine, and step until all of them decode."""
+        for prompt in prompts:
+            self._add(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+        while len(self.engine.scheduler.running) < len(prompts):
+            self.engine.step()
+
     def _add(self, prompt: Prompt, sampling: SamplingParams) -> None:
         self._handles += 1
         self.engine.handle(Add(self._handles, prompt, sampling))

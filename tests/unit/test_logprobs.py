@@ -152,16 +152,18 @@ def test_tokens_of_a_channel_spell_its_text(loaded):
 
 
 @given(st.lists(st.integers(0, 700), max_size=30), st.booleans())
-def test_quiet_tokens_are_those_without_text(tokenizer, ids, thinking):
-    """Whatever the tokens, those of a piece that are not quiet spell its text."""
+def test_marked_tokens_are_those_with_text(tokenizer, ids, thinking):
+    """Whatever the tokens, those of a piece that are marked spell its text."""
     detokenizer = Detokenizer(tokenizer, thinking=thinking)
+    detokenizer.marks = []
     pieces = [piece for token in ids for piece in detokenizer.push(token)]
     pieces += detokenizer.finish()
     assert [i for piece in pieces for i in piece.ids] == ids
     texts = TokenTexts(tokenizer)
     silent = {*tokenizer.all_special_ids, *range(len(tokenizer), 800)}
+    marks = iter(detokenizer.marks)
     for piece in pieces:
-        shown = [i for n, i in enumerate(piece.ids) if n not in piece.quiet]
+        shown = [i for i in piece.ids if next(marks)]
         assert not silent.intersection(shown)
         raws = [t.encode() if isinstance(t, str) else bytes(t) for t in map(texts.of, shown)]
         spelled = b"".join(raws).decode(errors="replace")

@@ -20,7 +20,6 @@ from worker.engine.messages import Piece
 OPEN, CLOSE = "<think>", "</think>"
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 SURE = 4  # an incomplete UTF-8 character has at most 3 bytes: of 4 tokens, one can be settled
-Marked = tuple[int, bool]  # a token, and whether its text is shown
 PATIENCE = 16  # tokens after which a text that ends in U+FFFD is taken as it is
 
 
@@ -133,6 +132,7 @@ class Detokenizer:
 
     Attributes:
         stopped: whether a stop string was found; no token is to be pushed after that.
+        marks: whether each of the ids that have left shows text, where somebody wants to know.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Detokenizer:
         hidden: Iterable[int] = (),
     ) -> None:
         self.stopped = False
+        self.marks: list[bool] | None = None
         self._decoder = TextDecoder(tokenizer, hidden)
         self._stop = tuple(s for s in stop if s)
         self._min_tokens = min_tokens
@@ -275,11 +276,15 @@ class Detokenizer:
         if self._clear == len(self._text) and len(self._units) == len(self._runs) == 1:
             run = self._runs[0]
             if run.start == 0 and run.end == self._clear:  # nearly always
-                tokens, text = self._units[0][0], self._text
+                ids, text = self._units[0][0], self._text
                 self._reset()
-                return [_piece(run.channel, self._marked(tokens, shown=True), [text])]
-        pieces: list[tuple[Channel, list[Marked], list[str]]] = []
-        ids: list[Marked] = []
+                self._mark(ids, shown=True)
+                return [Piece(tuple(ids), text, run.channel)]
+        return self._sorted_pieces(final=final)
+
+    def _sorted_pieces(self, *, final: bool) -> list[Piece]:
+        pieces: list[tuple[Channel, list[int], list[str]]] = []
+        ids = list[int]()
         start = 0
         while self._units and (final or self._units[0][1] <= self._clear):
             unit, end = self._units.popleft()
@@ -291,7 +296,8 @@ class Detokenizer:
                         pieces.append((run.channel, [], []))
                     pieces[-1][2].append(text)
                     shown = True
-            ids += self._marked(unit, shown=shown)
+            ids += unit
+            self._mark(unit, shown=shown)
             if shown:
                 pieces[-1][1].extend(ids)
                 ids = []
@@ -302,11 +308,14 @@ class Detokenizer:
                 pieces.append((channel, [], []))
             pieces[-1][1].extend(ids)
             ids = []
-        self._forget(start, [token for token, _ in ids])
-        return [_piece(*piece) for piece in pieces]
+        if self.marks and ids:  # they stay, and are marked again
+            del self.marks[-len(ids) :]
+        self._forget(start, ids)
+        return [Piece(tuple(ids), "".join(texts), channel) for channel, ids, texts in pieces]
 
-    def _marked(self, tokens: list[int], *, shown: bool) -> list[Marked]:
-        return [(token, shown and self._decoder.shows(token)) for token in tokens]
+    def _mark(self, tokens: list[int], *, shown: bool) -> None:
+        if self.marks is not None:
+            self.marks += [shown and self._decoder.shows(token) for token in tokens]
 
     def _reset(self) -> None:
         self._units.clear()
@@ -328,11 +337,6 @@ class Detokenizer:
             for run in self._runs
             if run.end > start
         ]
-
-
-def _piece(channel: Channel, ids: list[Marked], texts: list[str]) -> Piece:
-    quiet = tuple(place for place, (_, shown) in enumerate(ids) if not shown)
-    return Piece(tuple(token for token, _ in ids), "".join(texts), channel, quiet)
 
 
 def _overlap(text: str, word: str) -> int:

@@ -178,9 +178,12 @@ class Engine:
             sampling.min_tokens,
             sampling.stop_token_ids,
         )
+        if sequence.output_ids:
+            sequence.detokenizer.replay(sequence.output_ids)
+        if sequence.scores is not None:
+            sequence.detokenizer.marks = []
         if not sequence.output_ids:
             return False
-        sequence.detokenizer.replay(sequence.output_ids)
         return bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
 
     def _cancel(self, cancel: Cancel) -> None:
@@ -298,7 +301,7 @@ class Engine:
         cancelled: CancelReason | None = None,
     ) -> None:
         if sequence.scores is not None:
-            pieces = attach(pieces, sequence.scores)
+            pieces = attach(pieces, sequence.scores, sequence.detokenizer.marks or [])
         self._outputs.append(
             Output(
                 sequence.handle,

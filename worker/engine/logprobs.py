@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,14 +114,20 @@ def _listed(values: Tensor) -> list[list[float]]:
     return [[round(max(v, LEAST), DIGITS) for v in row] for row in values.tolist()]
 
 
-def attach(pieces: tuple[Piece, ...], waiting: deque[TokenScores]) -> tuple[Piece, ...]:
+def attach(
+    pieces: tuple[Piece, ...], waiting: deque[TokenScores], marks: list[bool]
+) -> tuple[Piece, ...]:
     """Give pieces the scores of their tokens, which leave `waiting`.
 
-    Those of tokens without text are dropped.
+    Args:
+        pieces: in order.
+        waiting: the scores of all tokens that have not left.
+        marks: whether each token of the pieces shows text; the others' are dropped. Emptied.
     """
-    told = []
+    told, left = [], iter(marks)
     for piece in pieces:
         scores = [waiting.popleft() for _ in piece.ids]
-        shown = (s for place, s in enumerate(scores) if place not in piece.quiet)
-        told.append(replace(piece, scores=tuple(shown)))
+        shown = tuple(one for one in scores if next(left))
+        told.append(Piece(piece.ids, piece.text, piece.channel, shown))
+    marks.clear()
     return tuple(told)

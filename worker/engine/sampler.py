@@ -6,6 +6,7 @@ A row's token depends on its own logits, parameters, seed and position alone, ne
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -214,9 +215,9 @@ def _uniforms(rows: list[Sequence]) -> Floats:
 
 def _greedy(logits: torch.Tensor, _rows: list[Sequence]) -> list[int]:
     """Return the first of the best tokens, as `argmax` in `generate()` does."""
-    best = logits.argmax(-1, keepdim=True)  # a NaN counts as the maximum
-    fine = torch.isfinite(logits.gather(1, best))
-    return torch.where(fine, best, BAD_ROW)[:, 0].tolist()
+    best = logits.max(-1)  # a NaN counts as the maximum; of equal ones, the first is named
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [token if math.isfinite(score) else BAD_ROW for score, token in pairs]
 
 
 def _canonical(scores: Floats, ids: Ints) -> tuple[Floats, Ints]:

@@ -107,8 +107,11 @@ class SequenceStopping(StoppingCriteriaList):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Return a bool tensor of shape [1]."""
         for criterion in self:
-            answer = criterion(input_ids, scores, **kwargs)
-            if answer is not _GO_ON and bool(answer):
+            if isinstance(criterion, SequenceCriteria):  # nearly always, and much cheaper
+                met = criterion.met()
+            else:
+                met = bool(criterion(input_ids, scores, **kwargs))
+            if met:
                 return _STOP
         return _GO_ON
 
