@@ -85,6 +85,20 @@ def pairs(folder: Path, loads: list[Load]) -> list[Row]:
     return [(load, measure_gateways(folder, load), measure_bare(load)) for load in loads]
 
 
+def processors_awake(folder: Path, args: argparse.Namespace) -> str:
+    """Say what latency is left where no processor sleeps, which idle virtual ones do."""
+    load = Load(FEW, args.rate, args.seconds, args.batch)
+    with parts.awake():
+        ours, bare = measure_gateways(folder, load), measure_bare(load)
+    return (
+        f"- With processors that never sleep (loops of the lowest priority), {FEW} streams: p50 / "
+        f"p99 {ours.quantile(0.5):.1f} / {ours.quantile(0.99):.1f} ms, the bare server "
+        f"{bare.quantile(0.5):.1f} / {bare.quantile(0.99):.1f} ms. The difference to the table is "
+        "what sleeping processors take to wake: an event passes four processes (worker, Redis, "
+        "gateway, client), the bare server's passes two."
+    )
+
+
 def slow_readers(folder: Path, args: argparse.Namespace) -> str:
     """Say what clients that never read cost the others."""
     load = Load(FEW, args.rate, args.seconds, args.batch)
@@ -164,6 +178,7 @@ def report(args: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
             f"- The gateways' longest pause for the garbage collector: {longest:.1f} ms, the "
             "opening of all streams included."
         )
+        yield processors_awake(folder, args)
         yield slow_readers(folder, args)
         yield two_gateways(folder, args)
         middle = min(rows[: len(args.streams)], key=lambda row: abs(row[0].streams - MIDDLE))

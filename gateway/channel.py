@@ -11,7 +11,7 @@ from gateway.sse import KEEP_ALIVE
 from shared import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Collection, Hashable, Sequence
+    from collections.abc import Awaitable, Collection, Hashable, Iterable, Iterator, Sequence
 
     from gateway.connection import Connection
     from gateway.sse import Rendering
@@ -27,6 +27,9 @@ HUB_EVENTS = 64
 
 XREAD = b"*%d\r\n$5\r\nXREAD\r\n$5\r\nCOUNT\r\n$%d\r\n%d\r\n$7\r\nSTREAMS\r\n"
 """The head of the hub's command, put together by hand: it is sent once a second for all."""
+
+CARE_SESSIONS = 64
+"""Sessions looked after in one go, so that events need not wait until all have been."""
 
 VANISHED_SWEEPS = 3
 """Sweeps in a row that find no record of a followed session before its followers are told."""
@@ -169,9 +172,9 @@ class Crowd:
 
 
 Writes = dict[Viewer, bytes]
-"""What is to be written to whom, in one write each: a full connection takes no second one. All is
-rendered before the first write: between two writes the processor shall run no more code than it
-must, since each leaves its caches cold."""
+"""What is to be written to whom, in one write each: a full connection takes no second one. A few
+sessions are rendered before the first write: each write leaves the caches cold for the code that
+follows; but while many are rendered, the first would wait."""
 
 
 def push_all(writes: Writes, since: float, events: int) -> None:
@@ -307,6 +310,13 @@ class Channel:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+def in_parts(channels: Iterable[Channel]) -> Iterator[list[Channel]]:
+    """Yield the channels in parts between which other work gets its turn."""
+    everyone = list(channels)
+    for i in range(0, len(everyone), CARE_SESSIONS):
+        yield everyone[i : i + CARE_SESSIONS]
 
 
 def next_entries(channels: Collection[Channel]) -> bytes:

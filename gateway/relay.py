@@ -13,7 +13,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from gateway.channel import HUB_EVENTS, Channel, next_entries, push_all
+from gateway.channel import HUB_EVENTS, Channel, in_parts, next_entries, push_all
 from gateway.wire import connect, pack
 from shared import keys
 from shared.errors import UnbrokenError
@@ -23,7 +23,7 @@ from shared.store import UNAVAILABLE
 from shared.tasks import stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from gateway.channel import Item, Viewer, Writes
     from gateway.wire import Wire
@@ -47,8 +47,8 @@ CATCH_UP = 128
 HUB_SESSIONS = 256
 """Sessions that the hub reads at once."""
 
-CARE_SESSIONS = 64
-"""Sessions looked after in one go, so that events need not wait until all have been."""
+RINGS = 8
+"""Rings rendered before their events are written: more at once are cheaper, and later."""
 
 BELL_PREFIX = len(keys.EVENT_BELL)
 PING = pack("PING")
@@ -184,7 +184,7 @@ class Relay:
         """Keep the connection open on which rings come."""
         wire = self._wires["bell"] = await connect(self._bell.redis, self._on_bell)
         try:
-            for channels in _parts(self._channels):
+            for channels in in_parts(self._channels.values()):
                 self._tell_bell("SUBSCRIBE", *channels)
             await wire.closed
         finally:
@@ -210,26 +210,28 @@ class Relay:
 
     def _on_bell(self, messages: list[Any]) -> None:
         """Hand out what rings bring; let the hub read what they do not."""
-        heard_at, taken = time.monotonic(), 0
-        writes: Writes = {}
+        heard_at = time.monotonic()
         behind: list[Channel] = []
-        for message in messages:
-            if type(message) is not list:  # the answer to a ping while nothing is followed
-                continue
-            channel = self._channels.get(message[1][BELL_PREFIX:])
-            if channel is None:
-                continue
-            if message[0] == b"subscribe":  # what was appended before is in no ring
-                behind.append(channel)
-            elif message[0] == b"message" and channel.last is not None:
-                first, *events = message[2].split(b"\n")
-                if not events or not channel.extend(int(first), events, writes):
-                    behind.append(channel)
-                else:
-                    taken += len(events)
-        push_all(writes, heard_at, taken)
+        for start in range(0, len(messages), RINGS):
+            writes: Writes = {}
+            taken = sum(self._hear(m, writes, behind) for m in messages[start : start + RINGS])
+            push_all(writes, heard_at, taken)
         if behind:
             self._ring(*behind)
+
+    def _hear(self, message: Any, writes: Writes, behind: list[Channel]) -> int:
+        """Take one message off the bell; returns how many events it brought."""
+        if type(message) is not list:  # the answer to a ping while nothing is followed
+            return 0
+        channel = self._channels.get(message[1][BELL_PREFIX:])
+        if channel is not None and message[0] == b"subscribe":
+            behind.append(channel)  # what was appended before is in no ring
+        elif channel is not None and message[0] == b"message" and channel.last is not None:
+            first, *events = message[2].split(b"\n")
+            if events and channel.extend(int(first), events, writes):
+                return len(events)
+            behind.append(channel)
+        return 0
 
     def _ring(self, *channels: Channel) -> None:
         self._rung.update(dict.fromkeys(channels))
@@ -282,7 +284,7 @@ class Relay:
         """Read all followed sessions once a second, and see that they, and Redis, are there."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            for channels in _parts(self._channels):
+            for channels in in_parts(self._channels.values()):
                 self._look_after(channels)
                 await asyncio.sleep(0)
             self._ring(*self._channels.values())
@@ -312,7 +314,7 @@ class Relay:
     async def _refresh_presence(self) -> None:
         """Say once a second whom clients watch."""
         while True:
-            for channels in _parts(self._channels):
+            for channels in in_parts(self._channels.values()):
                 self._say_watched(channels)
                 await asyncio.sleep(0)
             await asyncio.sleep(REFRESH_SECONDS)
@@ -321,13 +323,6 @@ class Relay:
         signs = [pack(*sign) for c in channels if (sign := self._presence.sign(c.session_id))]
         if signs and (wire := self._wires.get("hub")):
             wire.send(b"".join(signs), *[_ignore] * len(signs))
-
-
-def _parts(channels: Mapping[bytes, Channel]) -> Iterator[list[Channel]]:
-    """Yield the channels in parts between which other work gets its turn."""
-    everyone = list(channels.values())
-    for i in range(0, len(everyone), CARE_SESSIONS):
-        yield everyone[i : i + CARE_SESSIONS]
 
 
 def _ignore(_reply: object) -> None:

@@ -260,18 +260,43 @@ async def test_rings_that_come_together_reach_a_full_connection_in_one_piece(sta
     await settled(stage)
     bell, together = stage.relay._wires["bell"], []
     bell._on_push = together.extend
-    for text in ("one", "two", "three"):
+    texts = [f"text {n}" for n in range(relays.RINGS + 2)]
+    for text in texts:
         await stage.say("s", text)
-    while len(together) < 3:
+    while len(together) < len(texts):
         await asyncio.sleep(0.01)
     slow.room.clear()
     stage.relay._on_bell(together)
     bell._on_push = stage.relay._on_bell
     slow.room.set()
-    await slow.until(frame_end("three"))
+    await slow.until(frame_end(texts[-1]))
     await stage.finish()
     await task
     assert slow.body == await stage.expected()
+
+
+async def test_the_first_of_many_rings_do_not_wait_for_the_last(stage, monkeypatch):
+    """Of what comes at once, a few sessions at a time are rendered and written."""
+    names, pipes, tasks = [f"s{n}" for n in range(2 * relays.RINGS)], [], []
+    for name in names:
+        await stage.begin(name)
+        pipe, task = await stage.watch(name)
+        pipes.append(pipe)
+        tasks.append(task)
+    await settled(stage)
+    bell, together, order = stage.relay._wires["bell"], [], []
+    bell._on_push = together.extend
+    for name in names:
+        await stage.say(name, "x")
+    while len(together) < len(names):
+        await asyncio.sleep(0.01)
+    render, take = sse.Frames.render, Pipe._take
+    monkeypatch.setattr(sse.Frames, "render", lambda *a: (order.append("r"), render(*a))[1])
+    monkeypatch.setattr(Pipe, "_take", lambda *a: (order.append("w"), take(*a))[1])
+    stage.relay._on_bell(together)
+    bell._on_push = stage.relay._on_bell
+    assert "".join(order) == ("r" * relays.RINGS + "w" * relays.RINGS) * 2
+    await asyncio.gather(*map(stage.finish, names), *tasks)
 
 
 async def test_a_connection_that_breaks_while_it_is_written_to_disturbs_nobody(stage):
