@@ -73,6 +73,7 @@ class Faults:
         self._stack, self._redis, self._clients = stack, redis, clients
         self._rng = random.Random(seed)
         self._frozen: set[int] = set()
+        self._gone: set[str] = set()  # workers' names: Redis knows them for seconds after their end
         self._tasks: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0  # monotonic
         self.done: list[Fault] = []
@@ -142,7 +143,7 @@ class Faults:
             able = [p for p in parts if await _listens(p.port)]
         else:
             ready = await self._ready_workers()
-            able = [p for p in parts if p.name in ready]
+            able = [p for p in parts if p.name in ready - self._gone]
         return able if len(able) > 1 else []
 
     async def _redis_answers(self) -> bool:
@@ -171,7 +172,9 @@ class Faults:
             self._cut_some()
             return
         self.done.append(fault)
-        if number == signal.SIGSTOP:
+        if number != signal.SIGSTOP:
+            self._gone.add(part.name)
+        else:
             self._frozen.add(part.pid)
             fault.outage = self._rng.uniform(*FREEZE_SECONDS[part.kind])
             self._begin(self._thaw(part, fault))

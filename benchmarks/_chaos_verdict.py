@@ -166,7 +166,8 @@ def silences(
 ) -> tuple[list[Silence], list[float]]:
     """Find, for each fault and each stream that it hit, the pause that it may have caused.
 
-    Returns them, and each stream's longest pause that no fault explains, in seconds.
+    Returns them, and each stream's longest pause that no fault explains, in seconds; the wait for
+    its first token aside.
     """
     hits = defaultdict[int, list["Fault"]](list)
     for fault in faults:
@@ -184,7 +185,8 @@ def silences(
             kinds = tuple(fault.kind for fault in several)
             outage = sum(f.outage for f in several if f.kind in BEYOND_OUTAGE)
             found.append(Silence(kinds, pauses[place], outage))
-        unexplained.append(max((p for n, p in enumerate(pauses) if n not in causes), default=0.0))
+        rest = [p for n, p in enumerate(pauses) if n and n not in causes]
+        unexplained.append(max(rest, default=0.0))
     return found, unexplained
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from benchmarks._chaos_clients import Attempt, Stream
 from benchmarks._chaos_faults import Fault, Faults
+from benchmarks._chaos_stack import Part
 from benchmarks._chaos_verdict import (
     Log,
     Truth,
@@ -106,7 +109,7 @@ def test_a_gap_in_the_log_is_found():
 
 def test_a_silence_belongs_to_the_faults_that_hit_the_stream():
     """The longest pause that begins soon after a fault is its; two faults share one pause."""
-    stream, other = Stream(0, times=[0, 1, 2, 5, 6]), Stream(0, times=[0, 6])
+    stream, other = Stream(0, times=[0, 1, 2, 5, 6]), Stream(0, times=[0, 7, 13])
     kill = Fault("worker SIGKILL", 1.9, hit=[stream])
     away = Fault("redis SIGSTOP", 5.5, outage=0.4, hit=[stream])
     [one, two], unexplained = silences([stream, other], [kill, away])
@@ -167,3 +170,22 @@ def test_a_quiet_time_spares_those_that_the_last_fault_hit():
     cut = [fault.hit for fault in faults.done[1:]]
     assert all(len(hit) == 1 and hit[0] is clients[3].current for hit in cut)
     assert [c.current.cut for c in clients] == [False, False, False, True]
+
+
+class ThreeWorkers:
+    """A stack whose signals go nowhere."""
+
+    def parts(self):
+        return [Part("worker", n, n, name=f"w{n}") for n in (1, 2, 3)]
+
+
+async def test_a_worker_that_was_killed_counts_as_none(monkeypatch):
+    """While Redis still knows those that are gone, the last that serves is not hit."""
+    monkeypatch.setattr(Part, "signal", lambda *_: True)
+    faults = Faults(ThreeWorkers(), None, [], seed=7)
+    monkeypatch.setattr(faults, "_ready_workers", lambda: asyncio.sleep(0, {"w1", "w2", "w3"}))
+    monkeypatch.setattr(faults, "hit_by", lambda _part: asyncio.sleep(0, []))
+    for left in (2, 0):
+        [part, *_] = await faults.able("worker")
+        await faults.hit("worker SIGKILL", part)
+        assert len(await faults.able("worker")) == left
