@@ -1,11 +1,13 @@
 """Tokens per second and latency of this stack, beside what people would use instead.
 
-    python3 run.py bench engine [--quick] [--peer URL …]
+    python3 run.py bench engine [--quick | --minutes 30 | --profile] [--peer URL …]
 
 In one run, on the same models, prompts and lengths, alternating: this stack over HTTP, the engine
 alone, `generate()` on a static batch (what batching could give at best), `transformers serve`, and
 any OpenAI-compatible server that `--peer` names. Closed loop, greedy, tokens counted by `usage`.
-Table, numbers and chart go to `benchmarks/results/`; `--quick` takes two minutes and saves nothing.
+Table, numbers and chart go to `benchmarks/results/`. It ends in about `--minutes` (12), and says
+what was left out for that; `--quick` takes two minutes and saves nothing; `--profile` tells only
+where a step's time goes.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +33,11 @@ from benchmarks import _engine_http as http
 from benchmarks._engine_work import ROOT, model_folder
 
 RESULTS = ROOT / "benchmarks" / "results"
+MODELS = ("demo", "large")
 LOCAL = {"engine": "engine alone", "generate": "generate(), static"}
 CROWD = 16
-GOALS = """\
-Aims for the demo model with text, 2 cores: this stack at least 0.9, 2, 6 and 8 times \
-`transformers serve` at 1, 4, 16 and 32 streams; engine alone at least 1.0 times `generate()` from \
-4 streams on; with images, the gap between tokens at p99 at most 3 times that at p50."""
+SERVE_AIMS = {1: 0.9, 4: 2.0, 16: 6.0, 32: 8.0}
+PROFILED = [1, 4, 16, 32]
 
 Row = dict[str, Any]
 
@@ -93,7 +95,10 @@ def measure(
 ) -> Iterator[Row]:
     """Measure all contenders, one after the other in each repeat; yields medians."""
     fresh = itertools.count(1, 1000)  # numbers of conversations: none comes twice
-    for workload, streams in itertools.product(args.workloads, args.streams):
+    for workload, streams in itertools.product(args.workloads[model], args.streams[model]):
+        if time.monotonic() > args.deadline:
+            args.left_out.append(f"{model} {workload} {streams}")
+            continue
         load = (streams, rounds_for(streams), args.tokens[model])
         found: dict[str, list[Row]] = {name: [] for name in targets}
         for target in targets.values():  # warm up
@@ -109,7 +114,7 @@ def measure(
 def first_token_rows(model: str, server: http.Server, args: argparse.Namespace) -> Iterator[Row]:
     """Measure the first token of a lone request, and of one that comes while others decode."""
     fresh = itertools.count(900_001, 1000)
-    for workload in args.workloads:
+    for workload in args.workloads[model]:
         row: Row = {"model": model, "workload": workload}
         for crowd in (0, CROWD):
             found = http.first_tokens(server, workload, crowd, args.probes, next(fresh))
@@ -192,16 +197,23 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report(rows: list[Row], first: list[Row], args: argparse.Namespace) -> str:
-    """Write all figures as Markdown."""
+def heading(args: argparse.Namespace, more: str) -> list[str]:
+    """Return what a report begins with: what ran, on what, beside what load."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    lines = [
-        f"# Engine, {args.day}",
+    told = (
         f"\n`python3 run.py bench engine`; Python {platform.python_version()}, {versions}, "
         f"float32; {os.cpu_count()} cores, load {args.load:.1f} at the start and "
-        f"{os.getloadavg()[0]:.1f} at the end; medians of {args.repeats}, tokens per answer: "
-        + ", ".join(f"{model} {args.tokens[model]}" for model in args.models)
-        + ".",
+        f"{os.getloadavg()[0]:.1f} at the end{more}."
+    )
+    return [f"# Engine, {args.day}", told]
+
+
+def report(rows: list[Row], first: list[Row], args: argparse.Namespace) -> str:
+    """Write all figures as Markdown."""
+    answers = ", ".join(f"{model} {args.tokens[model]}" for model in args.models)
+    lines = [
+        *heading(args, f"; medians of {args.repeats}, tokens per answer: {answers}"),
+        *([f"\nLeft out for want of time: {', '.join(args.left_out)}."] if args.left_out else []),
         *table(rows),
         f"\n## First token of one more request, ms: alone, and while {CROWD} others decode\n",
         "| model | workload | alone | among others |",
@@ -210,17 +222,74 @@ def report(rows: list[Row], first: list[Row], args: argparse.Namespace) -> str:
     for row in first:
         alone, among = row["first_ms_0"], row[f"first_ms_{CROWD}"]
         lines.append(f"| {row['model']} | {row['workload']} | {alone:.0f} | {among:.0f} |")
-    return "\n".join([*lines, "", GOALS, ""])
+    lines += [
+        "",
+        "## The aims (demo model, 2 cores)",
+        "",
+        "| | aim | here | |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {what} | {aim} | {here:.2f} | {said} |" for what, aim, here, said in aims(rows, first)
+    ]
+    return "\n".join([*lines, *profile_table(args.profiled), ""])
+
+
+def aims(rows: list[Row], first: list[Row]) -> Iterator[tuple[str, str, float, str]]:
+    """Yield what is aimed at, what came of it, and whether that is enough."""
+    told = {True: "yes", False: "**no**"}
+    demo = [row for row in rows if row["model"] == "demo"]
+    rate = {(r["who"], r["streams"]): r["rate"] for r in demo if r["workload"] == "text"}
+    pairs = [(n, least, "this stack", "transformers serve") for n, least in SERVE_AIMS.items()]
+    pairs += [(n, 1.0, *LOCAL.values()) for n in (4, 16, 32)]
+    for streams, least, who, other in pairs:
+        if (who, streams) in rate and (other, streams) in rate:
+            here = rate[who, streams] / rate[other, streams]
+            yield f"{who} / {other}, {streams} streams", f"≥ {least}", here, told[here >= least]
+    for row in demo:
+        if row["workload"] == "mixed" and row["who"] == "this stack" and row["streams"] > 1:
+            here = row["p99_ms"] / row["p50_ms"]
+            yield f"gap p99 / p50, mixed, {row['streams']} streams", "≤ 3", here, told[here <= 3]
+    for row in first:
+        here = row[f"first_ms_{CROWD}"] / row["first_ms_0"]
+        what = f"first token among {CROWD} / alone, {row['model']} {row['workload']}"
+        yield what, "≤ 2 (one prefill more)", here, told[here <= 2]
+
+
+def profile(folder: Path, threads: int, streams: list[int]) -> list[Row]:
+    """Return where the processor's time goes in a decode step of the engine, in milliseconds."""
+    argv = [sys.executable, "-m", "benchmarks._engine_profile", str(folder), str(threads)]
+    done = subprocess.run([*argv, *map(str, streams)], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def profile_table(profiled: list[Row]) -> Iterator[str]:
+    """Yield that as a table: a column per number of streams."""
+    if not profiled:
+        return
+    yield "\n## Where a decode step's time goes: ms of processor time (share), demo model, text\n"
+    yield "| part | " + " | ".join(f"{row['streams']} streams" for row in profiled) + " |"
+    yield "|---" * (len(profiled) + 1) + "|"
+    totals = [sum(v for k, v in row.items() if k != "streams") for row in profiled]
+    for part in [name for name in profiled[0] if name != "streams"]:
+        cells = [
+            f"{row[part]:.2f} ({row[part] / total:.0%})"
+            for row, total in zip(profiled, totals, strict=True)
+        ]
+        yield f"| {part} | " + " | ".join(cells) + " |"
+    yield "| sum | " + " | ".join(f"{total:.2f}" for total in totals) + " |"
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="run.py bench engine", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="demo model, text, once")
-    parser.add_argument("--models", nargs="+", choices=["demo", "large"])
+    parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--workloads", nargs="+", choices=["text", "image", "mixed"])
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--minutes", type=float, default=12, help="begin nothing after so long")
+    parser.add_argument("--profile", action="store_true", help="only where a step's time goes")
     parser.add_argument("--probes", type=int, help="requests to time the first token of")
     parser.add_argument("--threads", type=int, default=1, help="of the engine alone")
     parser.add_argument("--peer", action="append", default=[], help="another server's address")
@@ -228,22 +297,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-serve", action="store_true", help="leave out transformers serve")
     args = parser.parse_args()
     args.models = args.models or (["demo"] if args.quick else ["demo", "large"])
-    args.workloads = args.workloads or (["text"] if args.quick else ["text", "image", "mixed"])
+    every = ["text"] if args.quick else ["text", "mixed", "image"]
+    args.workloads = {m: args.workloads or (every if m == "demo" else every[:1]) for m in MODELS}
+    counts = {"demo": [1, 4, 16, 32], "large": [1, 4, 16]}
+    args.streams = {model: args.streams or counts[model] for model in MODELS}
     args.repeats = args.repeats or (1 if args.quick else 3)
     args.probes = args.probes or (3 if args.quick else 7)
-    args.tokens = {"demo": 32, "large": 16} if args.quick else {"demo": 64, "large": 24}
+    args.tokens = {"demo": 32, "large": 16} if args.quick else {"demo": 48, "large": 12}
     args.load, args.day = os.getloadavg()[0], f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d}"
+    args.deadline, args.left_out, args.profiled = time.monotonic() + args.minutes * 54, [], []
     return args
 
 
 def main() -> None:
     """Measure, print, and save unless it was the quick form."""
     args = parse()
+    if args.profile:
+        args.profiled = profile(model_folder("demo"), args.threads, args.streams["demo"])
+        text = "\n".join([*heading(args, "; `--profile`"), *profile_table(args.profiled), ""])
+        print(text)
+        (RESULTS / f"engine-profile-{args.day}.md").write_text(text)
+        return
     rows, first = [], []
     for model in args.models:
         found = run_model(model, args)
         rows += found[0]
         first += found[1]
+    if not args.quick:
+        args.profiled = profile(model_folder("demo"), args.threads, PROFILED)
     text = report(rows, first, args)
     print(text)
     if not args.quick:
@@ -251,6 +332,7 @@ def main() -> None:
         path = RESULTS / f"engine-{args.day}"
         path.with_suffix(".md").write_text(text)
         numbers = {"load": args.load, "throughput": rows, "first_token": first}
+        numbers["step"] = args.profiled
         path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
         draw(rows, path.with_suffix(".png"))
         print(f"saved to {path.relative_to(ROOT)}.md, .json, .png")
