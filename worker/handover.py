@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from shared.queue import SessionQueue
     from worker.job import SessionJob
 
-AT_ONCE = 2
-"""Sessions on their way to each of the workers that could take them."""
+AT_ONCE = 1
+"""Sessions on their way for each worker that could take them: most of their time is prefill."""
 
 LONGEST_SECONDS = 10.0
 WAIT_SECONDS = 1.0

@@ -60,17 +60,20 @@ class ScriptedEngine:
     async def run(self):
         while True:
             await self.going.wait()
-            for handle, [sink, count] in list(self.running.items()):
-                token, last = count + 1, count + 1 == TOKENS
-                if last:
-                    del self.running[handle]
-                else:
-                    self.running[handle][1] = token
-                piece = Piece((token,), f"{token} ", "content")
-                finish = "length" if last else None
-                sink(Output(handle, (piece,), finish, completion_tokens=token))
-            self.on_step_end()
+            self.step()
             await asyncio.sleep(0.005)
+
+    def step(self):
+        for handle, [sink, count] in list(self.running.items()):
+            token, last = count + 1, count + 1 == TOKENS
+            if last:
+                del self.running[handle]
+            else:
+                self.running[handle][1] = token
+            piece = Piece((token,), f"{token} ", "content")
+            finish = "length" if last else None
+            sink(Output(handle, (piece,), finish, completion_tokens=token))
+        self.on_step_end()
 
 
 class ScriptedPrompts:
@@ -193,13 +196,15 @@ async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, 
     """Each goes on elsewhere, as far as there is room, and the others run on meanwhile."""
     old, new = make("old"), make("new")
     names = [f"s{n}" for n in range(12)]
+    old.engine.going.clear()  # it takes its time
     old.start()
     await submit(old.queue, *names)
     while len(old.engine.running) < len(names):
         await asyncio.sleep(0.01)
-    old.engine.going.clear()  # it has them, and takes its time
-    new.start()
+    for _ in range(5):
+        old.engine.step()
     new.engine.going.clear()  # it claims, and says nothing yet
+    new.start()
     draining = asyncio.create_task(old.consumer.drain(10, [len(names) - 2]))
     while len(new.engine.running) < handover.AT_ONCE:
         await asyncio.sleep(0.005)
