@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 AT_ONCE = 1
 """Sessions on their way for each worker that could take them: most of their time is prefill."""
 
-LONGEST_SECONDS = 10.0
-WAIT_SECONDS = 1.0
-"""How long the next session waits for one that makes no progress elsewhere, or for Redis."""
+WAIT_SECONDS = 3.0
+"""How long the next session runs on here while one makes no progress elsewhere."""
+
+REDIS_SECONDS = 1.0
 
 LOOK_SECONDS = 0.02
 
@@ -39,7 +40,7 @@ async def hand_over(
         free_slots: the room of each live worker that may take some.
         seconds: how long it may take; what is left then is still in `jobs`.
     """
-    end = time.monotonic() + min(seconds, LONGEST_SECONDS)
+    end = time.monotonic() + seconds
     given: set[str] = set()
     under_way: dict[str, tuple[int, float]] = {}  # session: its last index, and when it was given
     while time.monotonic() < end:
@@ -64,5 +65,5 @@ async def hand_over(
 async def _lasts(queue: SessionQueue, session_ids: list[str]) -> dict[str, int]:
     """Return the last index of each session that runs or waits; none while Redis is away."""
     with contextlib.suppress(*FAILED, asyncio.TimeoutError):
-        return await asyncio.wait_for(queue.lasts(session_ids), WAIT_SECONDS)
+        return await asyncio.wait_for(queue.lasts(session_ids), REDIS_SECONDS)
     return dict.fromkeys(session_ids, -1)
