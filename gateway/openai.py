@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.content import content_part
 from gateway.fit import silent
+from gateway.json_schema import parse_format
+from gateway.reasoning import thinking_budget
 from gateway.sse import SESSION_ID
-from shared import data_url
+from gateway.tools import parse_calls, parse_tools
 from shared.errors import UnbrokenError
 from shared.protocol import (
     GenerationRequest,
     MediaPart,
-    MediaRef,
     Message,
     Part,
     ResponseParams,
@@ -35,12 +37,6 @@ ROLES = {
 }
 Body = TypeVar("Body", bound=BaseModel)
 SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-MEDIA_TYPES = {
-    "image_url": "image",
-    "input_image": "image",
-    "video_url": "video",
-    "input_video": "video",
-}
 
 
 class StreamOptions(BaseModel):
@@ -69,6 +65,8 @@ class GenerationBody(BaseModel):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0, lt=2**31)
+    thinking_budget: int | None = Field(default=None, ge=0, lt=2**31)
 
 
 class ChatCompletionRequest(GenerationBody):
@@ -81,6 +79,11 @@ class ChatCompletionRequest(GenerationBody):
     n: int | None = Field(default=None, ge=1, le=8)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
     session_id: str | None = Field(default=None, pattern=f"^{SESSION_ID.pattern}$")
 
 
@@ -110,8 +113,7 @@ def unsupported(param: str, why: str = "is not supported") -> UnbrokenError:
 def _refuse_unsupported(body: dict[str, Any]) -> None:
     """Refuse what would change the answer if it were ignored."""
     never = ("audio", "functions", "function_call", "web_search_options", "chat_template")
-    not_yet = ("tools", "reasoning_effort")
-    for param in (*never, *not_yet):
+    for param in never:
         if body.get(param):
             raise unsupported(param)
     modalities = body.get("modalities")
@@ -119,11 +121,6 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
         raise UnbrokenError("invalid_value", "'modalities' must be a list.", "modalities")
     if "audio" in (modalities or []):
         raise unsupported("modalities", "with audio is not supported")
-    if body.get("tool_choice") not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
-    response_format = body.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
-        raise unsupported("response_format", "other than {'type': 'text'} is not supported")
     if body.get("stream_options") is not None and not body.get("stream"):
         raise UnbrokenError(
             "invalid_value", "'stream_options' needs 'stream': true.", "stream_options"
@@ -136,7 +133,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in ("str", "list[str]", "float", "int"):
+        elif part not in ("str", "list[str]", "float", "int", "dict[str,any]"):
             text += f".{part}" if text else part
     return text
 
@@ -171,8 +168,12 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     generation = GenerationRequest(
         messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)),
         sampling=msgspec.structs.replace(
-            sampling(chat, settings, max_tokens, chat.n or 1), logprobs=_logprobs(chat)
+            sampling(chat, settings, max_tokens, chat.n or 1, chat.reasoning_effort),
+            logprobs=_logprobs(chat),
         ),
+        tools=parse_tools(body),
+        schema=parse_format(chat.response_format),
+        effort=chat.reasoning_effort or "",
     )
     check_counts(generation, settings, "messages")
     options = chat.stream_options or StreamOptions()
@@ -215,7 +216,11 @@ def check_counts(generation: GenerationRequest, settings: GatewaySettings, param
 
 
 def sampling(
-    chat: GenerationBody, settings: GatewaySettings, max_tokens: int, choices: int
+    chat: GenerationBody,
+    settings: GatewaySettings,
+    max_tokens: int,
+    choices: int,
+    effort: str | None = None,
 ) -> SamplingParams:
     """Return how to sample, with the server's defaults where the body does not say.
 
@@ -245,6 +250,7 @@ def sampling(
         presence_penalty=chat.presence_penalty or 0.0,
         repetition_penalty=chat.repetition_penalty or 1.0,
         logit_bias=_logit_bias(chat.logit_bias or {}),
+        thinking_budget=thinking_budget(effort, chat.thinking_token_budget, chat.thinking_budget),
     )
 
 
@@ -270,8 +276,11 @@ def message(raw: dict[str, Any], where: str) -> Message:
         raise UnbrokenError(
             "invalid_value", f"'{where}.role' must be one of {roles}.", f"{where}.role"
         )
-    if raw.get("tool_calls") or raw.get("function_call"):
-        raise unsupported(f"{where}.tool_calls")
+    if raw.get("function_call"):
+        raise unsupported(f"{where}.function_call")
+    calls = parse_calls(raw.get("tool_calls"), f"{where}.tool_calls")
+    if calls and role != "assistant":
+        raise unsupported(f"{where}.tool_calls", "belong to the assistant")
     content = raw.get("content")
     where += ".content"
     if content is None and role != "assistant":
@@ -279,7 +288,7 @@ def message(raw: dict[str, Any], where: str) -> Message:
     if isinstance(content, str):
         parts: tuple[Part, ...] = (TextPart(content),)
     elif isinstance(content, list):
-        parts = tuple(_part(p, f"{where}[{i}]") for i, p in enumerate(content))
+        parts = tuple(content_part(p, f"{where}[{i}]") for i, p in enumerate(content))
     elif content is None:
         parts = ()
     else:
@@ -295,55 +304,5 @@ def message(raw: dict[str, Any], where: str) -> Message:
         parts,
         name if isinstance(name, str) else None,
         call if isinstance(call, str) else None,
+        calls,
     )
-
-
-def _part(raw: Any, where: str) -> Part:
-    kind = raw.get("type") if isinstance(raw, dict) else None
-    kind = kind if isinstance(kind, str) else None
-    if kind in ("text", "input_text", "output_text"):
-        if not isinstance(raw.get("text"), str):
-            raise UnbrokenError(
-                "invalid_value", f"'{where}.text' must be a string.", f"{where}.text"
-            )
-        return TextPart(raw["text"])
-    if kind in MEDIA_TYPES:
-        return MediaPart(_media(raw, kind, where))
-    if kind in ("input_audio", "file", "refusal", "audio"):
-        raise unsupported(where, f"of type '{kind}' is not supported")
-    known = ", ".join(("text", "input_text", *MEDIA_TYPES))
-    raise UnbrokenError("invalid_value", f"'{where}.type' must be one of {known}.", f"{where}.type")
-
-
-def _media(raw: dict[str, Any], kind: str, where: str) -> MediaRef:
-    """Find the URL or the base64 data of a media part, under any of its names."""
-    media: Literal["image", "video"] = "image" if MEDIA_TYPES[kind] == "image" else "video"
-    url = raw.get(f"{media}_url")
-    if isinstance(url, dict):
-        url = url.get("url")
-    if url is None:
-        names = ("data", "b64_json", media)
-        data = next((raw[n] for n in names if isinstance(raw.get(n), str)), None)
-        if data is not None:
-            default = "image/png" if media == "image" else "video/mp4"
-            url = data if ":" in data[:8] else f"data:{default};base64,{data}"
-    param = f"{where}.{media}_url"
-    if not isinstance(url, str) or not url:
-        raise UnbrokenError("invalid_value", f"'{param}' must hold a URL.", param)
-    scheme = url[:8].lower()
-    if scheme.startswith("data:"):
-        _check_data_url(url, media, param)
-    elif not scheme.startswith(("http://", "https://")):
-        raise UnbrokenError(
-            "invalid_value", f"'{param}' must be an http(s) or a base64 data: URL.", param
-        )
-    return MediaRef(media, url)
-
-
-def _check_data_url(url: str, media: str, param: str) -> None:
-    """Refuse at once what can be seen to be no base64 data."""
-    try:
-        for text in data_url.split(url, frames=media == "video").texts:
-            data_url.decode(text)
-    except data_url.DataUrlError as error:
-        raise UnbrokenError("invalid_media", f"'{param}' {error}.", param) from None

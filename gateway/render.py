@@ -6,6 +6,7 @@ for the same event at any time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shared.errors import UnbrokenError
-from shared.protocol import Delta, Failed, Finished, ScoredDelta, Started, Usage
+from shared.protocol import CallDelta, Delta, Failed, Finished, ScoredDelta, Started, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +37,11 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
+
+
+def call_identity(session_id: str, choice: int, call: int) -> str:
+    """Return the id of a session's call: the same wherever and whenever it is rendered."""
+    return f"call_{hashlib.sha256(f'{session_id}:{choice}:{call}'.encode()).hexdigest()[:24]}"
 
 
 def failure(event: Failed) -> UnbrokenError:
@@ -61,6 +67,7 @@ class ChunkRenderer:
             "system_fingerprint": record.fingerprint or None,
         }
         self._head = json.dumps(head, separators=(",", ":")).encode()[:-1]
+        self._session_id = session_id
         self._tail = b',"usage":null}' if include_usage else b"}"
         self._choices = record.choices
         self.include_usage = include_usage
@@ -82,6 +89,8 @@ class ChunkRenderer:
         """Return an event's data: a chunk, or the error object of a failure."""
         if isinstance(event, Delta):
             return self._join([_choice(event.choice, _delta(event), None, _logprobs([event]))])
+        if isinstance(event, CallDelta):
+            return self._join([_choice(event.choice, self._call(event), None)])
         if isinstance(event, Started):
             delta = {"role": "assistant", "content": ""}
             return self._join([_choice(c, delta, None) for c in range(event.n)])
@@ -97,6 +106,16 @@ class ChunkRenderer:
     def usage_chunk(self, usage: Usage) -> bytes:
         """Return the chunk without choices that ends a stream with usage."""
         return self._head + b',"choices":[],"usage":' + _encode(usage_json(usage)) + b"}"
+
+    def _call(self, event: CallDelta) -> dict[str, Any]:
+        call: dict[str, Any] = {"index": event.call}
+        if event.name:
+            call_id = call_identity(self._session_id, event.choice, event.call)
+            call |= {"id": call_id, "type": "function"}
+            call["function"] = {"name": event.name, "arguments": event.arguments}
+        else:
+            call["function"] = {"arguments": event.arguments}
+        return {"tool_calls": [call]}
 
     def _join(self, choices: list[dict[str, Any]], extra: dict[str, Any] | None = None) -> bytes:
         more = b"," + _encode(extra)[1:-1] if extra else b""
@@ -149,6 +168,7 @@ class CompletionBuilder:
         self._id, self._record = session_id, record
         self._texts: dict[tuple[int, str], list[str]] = {}
         self._scored: dict[int, list[Delta]] = {}
+        self._calls: dict[tuple[int, int], tuple[str, list[str]]] = {}  # name, arguments
 
     def add(self, event: Event) -> dict[str, Any] | None:
         """Take the next event; returns the completion after the last one, else None.
@@ -160,6 +180,9 @@ class CompletionBuilder:
             self._texts.setdefault((event.choice, event.channel), []).append(event.text)
             if isinstance(event, ScoredDelta):
                 self._scored.setdefault(event.choice, []).append(event)
+        elif isinstance(event, CallDelta):
+            _, arguments = self._calls.setdefault((event.choice, event.call), (event.name, []))
+            arguments.append(event.arguments)
         elif isinstance(event, Failed):
             raise failure(event)
         elif isinstance(event, Finished):
@@ -191,10 +214,21 @@ class CompletionBuilder:
 
     def _message(self, choice: int) -> dict[str, Any]:
         reasoning = "".join(self._texts.get((choice, "reasoning"), [])) or None
-        return {
+        content = "".join(self._texts.get((choice, "content"), []))
+        calls = [
+            {
+                "id": call_identity(self._id, choice, call),
+                "type": "function",
+                "function": {"name": name, "arguments": "".join(arguments)},
+            }
+            for (of, call), (name, arguments) in sorted(self._calls.items())
+            if of == choice
+        ]
+        message: dict[str, Any] = {
             "role": "assistant",
-            "content": "".join(self._texts.get((choice, "content"), [])),
+            "content": content or None if calls else content,
             "refusal": None,
             "reasoning_content": reasoning,
             "reasoning": reasoning,
         }
+        return {**message, "tool_calls": calls} if calls else message

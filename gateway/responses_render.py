@@ -12,19 +12,19 @@ import msgspec
 
 from gateway import meter
 from gateway.render import failure
+from gateway.responses_items import CallItem, Item, ItemStatus, TextItem
 from gateway.sse import DONE
 from shared import metrics
-from shared.protocol import Delta, Failed, Finished, Started, decode_event
+from shared.protocol import CallDelta, Delta, Failed, Finished, Started, decode_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from shared.errors import UnbrokenError
-    from shared.protocol import Channel, Event, Usage
+    from shared.protocol import Event, Usage
     from shared.session_log import Entry, SessionRecord
 
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseEvent = dict[str, Any]
 
 _encode = msgspec.json.Encoder().encode
@@ -60,48 +60,6 @@ def error_json(error: UnbrokenError) -> dict[str, Any]:
     }
 
 
-class Item:
-    """An output item that is being written: a reasoning or a message, with one part of text."""
-
-    def __init__(self, channel: Channel, response_id: str, index: int) -> None:
-        self.channel, self.index = channel, index
-        self.is_reasoning = channel == "reasoning"
-        self.id = f"{'rs' if self.is_reasoning else 'msg'}_{response_id.removeprefix('resp_')}"
-        if index > 1:  # of more than one item of a kind
-            self.id += f"_{index}"
-        self.texts: list[str] = []
-
-    @property
-    def event(self) -> str:
-        """How the types of its text's events begin."""
-        return "response.reasoning_text" if self.is_reasoning else "response.output_text"
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """What its text's events say of where they belong."""
-        return {"item_id": self.id, "output_index": self.index, "content_index": 0}
-
-    @property
-    def more(self) -> dict[str, Any]:
-        """What the text's events say beside the text."""
-        return {} if self.is_reasoning else {"logprobs": []}
-
-    def part(self, text: str) -> dict[str, Any]:
-        """Return its only content part."""
-        if self.is_reasoning:
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def json(self, status: ItemStatus, *content: dict[str, Any]) -> dict[str, Any]:
-        """Return the item."""
-        head: dict[str, Any]
-        if self.is_reasoning:
-            head = {"id": self.id, "type": "reasoning", "status": status, "summary": []}
-        else:
-            head = {"id": self.id, "type": "message", "status": status, "role": "assistant"}
-        return {**head, "content": [*content]}
-
-
 class ResponseBuilder:
     """Takes a session's events in order, from the first on, and makes those of its Response.
 
@@ -127,8 +85,8 @@ class ResponseBuilder:
     def take(self, event: Event) -> list[ResponseEvent]:
         """Take the next event; returns the one or more that it becomes."""
         self.index += 1
-        if isinstance(event, Delta):
-            return [*self._turn_to(event.channel), self._delta(event)]
+        if isinstance(event, (Delta, CallDelta)):
+            return self._add(event)
         if isinstance(event, Started):
             queued = self._params.background
             return [
@@ -147,10 +105,7 @@ class ResponseBuilder:
 
     def response(self, status: ResponseStatus | None = None) -> dict[str, Any]:
         """Return the Response as it stands: by default `in_progress`, with what there is so far."""
-        open_items = []
-        if self._item:
-            part = self._item.part("".join(self._item.texts))
-            open_items.append(self._item.json("in_progress", part))
+        open_items = [self._item.json("in_progress")] if self._item else []
         return self._response(status or "in_progress", [*self._output, *open_items])
 
     def _finish(self, event: Finished) -> list[ResponseEvent]:
@@ -169,38 +124,26 @@ class ResponseBuilder:
             ]
         return [*self._close("completed"), self._end("completed", usage=usage)]
 
-    def _turn_to(self, channel: Channel) -> list[ResponseEvent]:
-        """Begin an item where the text is not for the one that is open."""
-        if self._item and self._item.channel == channel:
-            return []
-        closing = self._close("completed")
-        self._item = item = Item(channel, self.id, len(self._output))
-        added = {"output_index": item.index, "item": item.json("in_progress")}
-        return [
-            *closing,
-            self._number("response.output_item.added", added),
-            self._number("response.content_part.added", {**item.place, "part": item.part("")}),
-        ]
-
-    def _delta(self, event: Delta) -> ResponseEvent:
-        assert self._item is not None  # noqa: S101 - `_turn_to` has opened it
-        self._item.texts.append(event.text)
-        body = {**self._item.place, "delta": event.text, **self._item.more}
-        return self._number(f"{self._item.event}.delta", body)
+    def _add(self, event: Delta | CallDelta) -> list[ResponseEvent]:
+        """Add to the open item, or begin one where the text is not for it."""
+        events: list[ResponseEvent] = []
+        item = self._item
+        if item is None or not item.takes(event):
+            events += self._close("completed")
+            place = len(self._output)
+            kind = CallItem if isinstance(event, CallDelta) else TextItem
+            self._item = item = kind(event, self.id, place)  # type: ignore[arg-type]
+            events += [self._number(*one) for one in item.opening()]
+        text = event.arguments if isinstance(event, CallDelta) else event.text
+        return [*events, self._number(*item.delta(text))]
 
     def _close(self, status: ItemStatus) -> list[ResponseEvent]:
         """End the open item, if there is one."""
         if self._item is None:
             return []
         item, self._item = self._item, None
-        text = "".join(item.texts)
-        done = item.json(status, item.part(text))
-        self._output.append(done)
-        return [
-            self._number(f"{item.event}.done", {**item.place, "text": text, **item.more}),
-            self._number("response.content_part.done", {**item.place, "part": item.part(text)}),
-            self._number("response.output_item.done", {"output_index": item.index, "item": done}),
-        ]
+        self._output.append(item.json(status))
+        return [self._number(*one) for one in item.closing(status)]
 
     def _end(self, status: ResponseStatus, **fields: Any) -> ResponseEvent:
         self.final = {**self._response(status, self._output), **fields}

@@ -45,6 +45,14 @@ class MediaPart(msgspec.Struct, frozen=True, tag="media", tag_field="type"):
 Part = Union[TextPart, MediaPart]
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call that the model made in an earlier turn; `arguments` is JSON as the client sent it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One turn of the conversation, parts in order; `developer` has become `system`."""
 
@@ -52,6 +60,31 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     parts: tuple[Part, ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class Function(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call.
+
+    `definition` is the JSON text of what the client said of it, for the prompt; `schema` that of
+    the JSON Schema of its arguments. As texts they keep the order of their properties.
+    """
+
+    name: str
+    definition: str
+    schema: str
+
+
+class Tools(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The functions of a request: called if the model likes (`auto`), or at least one (`required`).
+
+    `only` names the one that must be called; `parallel` allows more than one call.
+    """
+
+    functions: tuple[Function, ...]
+    choice: Literal["auto", "required"] = "auto"
+    only: str | None = None
+    parallel: bool = True
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -60,7 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean off. `seed` is always set in a queued
     request (the gateway draws one where the client gives none); choice `c` of `n` draws with
     `seed + c`. `logprobs` is how many of the likeliest tokens are told beside each drawn one, None
-    where nothing is.
+    where nothing is. A thought that has `thinking_budget` tokens is ended; None: it may go on.
     """
 
     max_tokens: int = 256
@@ -79,13 +112,21 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
+    thinking_budget: int | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One generation, as queued: what to answer and how to sample."""
+    """One generation, as queued: what to answer and how to sample.
+
+    `schema` is the JSON text of the JSON Schema that the answer follows; empty: it is free.
+    `effort` is what the request says of reasoning, for the model's chat template.
+    """
 
     messages: tuple[Message, ...]
     sampling: SamplingParams
+    tools: Tools | None = None
+    schema: str = ""
+    effort: str = ""
 
     def sampling_for(self, choice: int) -> SamplingParams:
         """Return the parameters of one of the `n` choices: each has a seed of its own."""
@@ -175,6 +216,24 @@ class ScoredDelta(Delta, frozen=True, array_like=True, tag="p"):
     scores: tuple[TokenScores, ...] = ()
 
 
+class CallDelta(msgspec.Struct, frozen=True, array_like=True, tag="t"):
+    """New tokens of one choice and what they add to a call of a function: see `Delta` for ids.
+
+    `call` counts the choice's calls from 0. Only the first delta of a call bears its `name`.
+    """
+
+    choice: int
+    ids: tuple[int, ...]
+    call: int
+    arguments: str
+    name: str = ""
+
+    @property
+    def channel(self) -> Literal["tool_calls"]:
+        """What a `Delta` would have here."""
+        return "tool_calls"
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     """The terminal event of a session that finished or was cancelled.
 
@@ -194,8 +253,9 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="e"):
     param: str | None = None
 
 
-Event = Union[Started, Delta, ScoredDelta, Finished, Failed]
+Event = Union[Started, Delta, ScoredDelta, CallDelta, Finished, Failed]
 Terminal = (Finished, Failed)
+Generated = (Delta, CallDelta)
 
 _event_encoder = msgspec.json.Encoder()
 _event_decoder = msgspec.json.Decoder(Event)

@@ -13,7 +13,7 @@ from shared import keys
 from shared.errors import UnbrokenError
 from shared.protocol import (
     ENDED,
-    Delta,
+    Generated,
     ResponseParams,
     Status,
     Usage,
@@ -203,7 +203,7 @@ def tally(entries: Sequence[Entry], prompt_tokens: int) -> Usage:
     """
     with _readable("log"):
         events = [decode_event(entry.data) for entry in entries]
-    deltas = [event for event in events if isinstance(event, Delta)]
+    deltas = [event for event in events if isinstance(event, Generated)]
     return Usage(
         prompt_tokens if deltas else 0,
         sum(len(delta.ids) for delta in deltas),

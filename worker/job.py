@@ -11,7 +11,7 @@ import msgspec
 
 from shared import protocol
 from shared.errors import UnbrokenError
-from shared.protocol import Delta, Failed, Finished, ScoredDelta, Usage
+from shared.protocol import CallDelta, Delta, Failed, Finished, Generated, ScoredDelta, Usage
 from shared.queue import RENEW_SECONDS
 from shared.store import FAILED
 from worker.engine.messages import Add
@@ -290,7 +290,9 @@ class SessionJob:
             if len(self._last) == len(self._handles):
                 self._done.set_result(None)
 
-    def _event(self, choice: int, piece: Piece) -> Delta:
+    def _event(self, choice: int, piece: Piece) -> Delta | CallDelta:
+        if piece.call is not None:
+            return CallDelta(choice, piece.ids, piece.call.index, piece.text, piece.call.name)
         if self._scored:
             return ScoredDelta(choice, piece.ids, piece.text, piece.channel, piece.scores)
         return Delta(choice, piece.ids, piece.text, piece.channel)
@@ -335,6 +337,6 @@ def replay(
     ids: list[list[int]] = [[] for _ in range(choices)]
     for entry in entries:
         event = protocol.decode_event(entry.data)
-        if isinstance(event, Delta) and channel in (None, event.channel):
+        if isinstance(event, Generated) and channel in (None, event.channel):
             ids[event.choice] += event.ids
     return [tuple(i) for i in ids]

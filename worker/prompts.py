@@ -18,6 +18,7 @@ from worker.child import ChildDied, ChildError, ChildPool, ChildTimeout, PoolFul
 from worker.decoder import Image, Job, Limits, Video
 from worker.engine.messages import Prompt
 from worker.engine_client import LOAD_DELAYS
+from worker.forms import FormChecker
 from worker.media_guard import AllowedHosts
 
 log = logging.getLogger("unbroken.prompts")
@@ -61,6 +62,7 @@ class PromptBuilder:
         )
         self._limits, self._load_delays = limits, load_delays
         self._decoder, self._processor = self._pools()
+        self._forms = FormChecker(settings.media_processes)
         self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._loading: asyncio.Task[None] | None = None
         self._ready = False
@@ -135,7 +137,9 @@ class PromptBuilder:
         for item, file in zip(items, files, strict=True):
             decoded.append(await self._decode(item, file))
             self._check_pixels(decoded, item)
-        return await self._process(request, decoded), hashes
+        prompt = await self._process(request, decoded)
+        await self._forms.check(prompt.form)
+        return prompt, hashes
 
     async def close(self) -> None:
         """End all child processes."""
@@ -143,12 +147,13 @@ class PromptBuilder:
             self._loading.cancel()
             await asyncio.wait({self._loading})
         self._ready = False
-        await asyncio.gather(self._decoder.close(), self._processor.close())
+        pools = (self._decoder, self._processor, self._forms)
+        await asyncio.gather(*(pool.close() for pool in pools))
 
     async def _load(self) -> None:
         """Start the children; again, after a while, where the model cannot be loaded."""
         for attempt in itertools.count():
-            starts = (self._decoder.start(), self._processor.start())
+            starts = (self._decoder.start(), self._processor.start(), self._forms.start())
             results = await asyncio.gather(*starts, return_exceptions=True)
             error = next((r for r in results if r is not None), None)
             if error is None:
@@ -159,8 +164,10 @@ class PromptBuilder:
             log.warning("prompts cannot be prepared: %s", error)
             self._settled.set()
             await asyncio.sleep(self._load_delays[min(attempt, len(self._load_delays) - 1)])
-            await asyncio.gather(self._decoder.close(), self._processor.close())
+            pools = (self._decoder, self._processor, self._forms)
+            await asyncio.gather(*(pool.close() for pool in pools))
             self._decoder, self._processor = self._pools()
+            self._forms = FormChecker(self._settings.media_processes)
         self._ready, self._failed = True, None
         self._settled.set()
         log.info("the processor is loaded")
@@ -209,7 +216,8 @@ class PromptBuilder:
 
     async def _process(self, request: GenerationRequest, decoded: Sequence[Decoded]) -> Prompt:
         try:
-            prompt: Prompt = await self._processor.call((request.messages, decoded))
+            wish = (request.messages, decoded, request.tools, request.schema, request.effort)
+            prompt: Prompt = await self._processor.call(wish)
         except (ChildDied, ChildError) as error:
             log.warning("the processor failed: %s", error)
             raise UnbrokenError("generation_failed", "The prompt cannot be prepared.") from None

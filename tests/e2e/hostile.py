@@ -181,6 +181,10 @@ def media(url, kind="image"):
     return user({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
 
 
+def schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def text(words, **more):
     return user({"type": "text", "text": words}, **more)
 
@@ -227,8 +231,14 @@ FIELDS = [
     {"session_id": "../../x"},
     {"session_id": "a\n"},
     {"model": 5},
-    {"tools": [{"type": "function", "function": {"name": "x"}}]},
+    {"tools": [{"type": "function", "function": {"name": "x y"}}]},
+    {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "string"}}}]},
+    {"tools": [{"type": "function", "function": {"name": "x"}}] * 2},
+    {"tools": [{"type": "code_interpreter"}]},
+    {"tools": 5},
     {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "unknown"}}},
+    {"parallel_tool_calls": "yes"},
     {"functions": [{}]},
     {"audio": {"voice": "x"}},
     {"modalities": ["audio"]},
@@ -236,8 +246,19 @@ FIELDS = [
     {"logprobs": 5},
     {"top_logprobs": 5},
     {"logprobs": True, "top_logprobs": 21},
-    {"response_format": {"type": "json_object"}},
-    {"reasoning_effort": "high"},
+    {"response_format": "json"},
+    {"response_format": {"type": "xml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"response_format": schema(5)},
+    {"response_format": schema({"$ref": "#"})},
+    {"response_format": schema({"type": "strange"})},
+    {"response_format": schema({"enum": []})},
+    {"response_format": schema({"$ref": "http://127.0.0.1/x"})},
+    {"response_format": schema({"type": "string", "pattern": "((("})},
+    {"response_format": schema({"not": {}})},
+    {"response_format": schema({"description": "x" * 70000})},
+    {"reasoning_effort": "huge"},
+    {"thinking_token_budget": -1},
     {"chat_template": "{{ 1 }}"},
     {"web_search_options": {"x": 1}},
 ]

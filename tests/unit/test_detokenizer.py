@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from worker.engine.detokenizer import Detokenizer, _overlap
+from worker.engine.detokenizer import Detokenizer
 from worker.engine.messages import Piece
+from worker.tools.text import overlap
 
 CORPUS = [
     "<think>\nThe user asks for the answer. Let me think about it.\n</think>\n\nThe answer is 42.",
@@ -197,7 +198,7 @@ def test_text_waits_only_for_what_it_may_become(text, data):
 def test_what_waits_is_the_longest_possible_start(text, word):
     """The held end of a text is its longest end that begins the word without completing it."""
     starts = [n for n in range(len(word)) if text.endswith(word[:n])]
-    assert _overlap(text, word) == max(starts)
+    assert overlap(text, word) == max(starts)
 
 
 def test_an_emoji_over_four_tokens_comes_out_once():

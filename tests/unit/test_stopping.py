@@ -14,6 +14,7 @@ from worker.engine.messages import Prompt
 from worker.engine.sequence import Sequence
 from worker.engine.stopping import (
     CancelCriteria,
+    CompleteCriteria,
     EosCriteria,
     LengthCriteria,
     StopStringCriteria,
@@ -28,7 +29,7 @@ VIEW = torch.tensor([[1]])
 class Reader:
     """The one thing that criteria read of a detokenizer."""
 
-    stopped = False
+    stopped, calls = False, 0
 
 
 def make_sequence(output: list[int], context_length: int = 8192, **kwargs: Any) -> Sequence:
@@ -48,11 +49,17 @@ def ends(sequence: Sequence, cancelled: dict[int, CancelReason] | None = None) -
 
 
 def test_the_criteria_are_those_of_transformers():
-    """A sequence has a `StoppingCriteriaList` of four `StoppingCriteria`."""
+    """A sequence has a `StoppingCriteriaList` of five `StoppingCriteria`."""
     criteria = build_stopping(make_sequence([5]), {})
     assert isinstance(criteria, StoppingCriteriaList)
     assert all(isinstance(criterion, StoppingCriteria) for criterion in criteria)
-    kinds = [EosCriteria, StopStringCriteria, LengthCriteria, CancelCriteria]
+    kinds = [
+        EosCriteria,
+        StopStringCriteria,
+        CompleteCriteria,
+        LengthCriteria,
+        CancelCriteria,
+    ]
     assert [type(criterion) for criterion in criteria] == kinds
 
 

@@ -7,111 +7,39 @@ goes on with the next token. (The pieces of one `push` belong into the log toget
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenizers import decoders
-
 from shared.protocol import Channel
-from worker.engine.messages import Piece
+from worker.engine.messages import Call, Piece
+from worker.engine.text_decoder import TextDecoder
+from worker.tools.parser import Found, ToolParser
+from worker.tools.text import overlap
 
 OPEN, CLOSE = "<think>", "</think>"
-UNFINISHED = "\ufffd"  # what an incomplete character decodes to
-SURE = 4  # an incomplete UTF-8 character has at most 3 bytes: of 4 tokens, one can be settled
-PATIENCE = 16  # tokens after which a text that ends in U+FFFD is taken as it is
-
-
-class TextDecoder:
-    """Decodes token by token; the texts add up to the decoding of all tokens at once.
-
-    Special tokens have no text. With a decoder that judges a run of byte tokens as a whole (byte
-    fallback) the sum differs for invalid UTF-8, where valid characters that were shown stay.
-
-    Args:
-        tokenizer: a Transformers tokenizer.
-        hidden: more tokens that have no text here.
-    """
-
-    def __init__(self, tokenizer: Any, hidden: Iterable[int] = ()) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            silent, self._size = tokenizer.all_special_ids, len(tokenizer)
-            self._decode: Callable[[list[int]], str] = lambda ids: tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        else:
-            added = backend.get_added_tokens_decoder()
-            silent, self._size = [i for i, t in added.items() if t.special], len(tokenizer)
-            self._decode = backend.decode  # skips special tokens unless told otherwise
-        self._silent = frozenset(silent).union(hidden)
-        # Bytes that are put together need no context; other decoders look at the token before.
-        self._needs_context = not isinstance(getattr(backend, "decoder", None), decoders.ByteLevel)
-        self._context: list[int] = []
-        self._context_text = ""
-        self._ids: list[int] = []  # all tokens since the last settled one
-        self._open: list[int] = []  # those of them that have text
-
-    def push(self, token: int) -> tuple[list[int], str] | None:
-        """Take a token in; return the tokens whose text is settled by it, and that text.
-
-        None while the text may end in an incomplete character.
-        """
-        self._ids.append(token)
-        if token in self._silent or token >= self._size:
-            return None if self._open else self._settle(0, "")
-        self._open.append(token)
-        text = self._text(self._open)
-        if not text.endswith(UNFINISHED) or len(self._open) >= PATIENCE:
-            return self._settle(len(self._open), text)
-        if len(self._open) >= SURE:
-            # No character lies across a cut where both sides decode to their part of the whole.
-            for cut in range(len(self._open) - 1, 0, -1):
-                left, right = self._text(self._open[:cut]), self._decode(self._open[cut:])
-                if right and left + right == text:
-                    return self._settle(cut, left)
-        return None
-
-    def finish(self) -> tuple[list[int], str]:
-        """Return the tokens that are left, and their text: U+FFFD for incomplete characters."""
-        return self._settle(len(self._open), self._text(self._open) if self._open else "")
-
-    def _text(self, tokens: list[int]) -> str:
-        if not self._context:
-            return self._decode(tokens)
-        text = self._decode(self._context + tokens)
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(tokens)
-
-    def _settle(self, count: int, text: str) -> tuple[list[int], str]:
-        """Take the first `count` open tokens, and the silent ones before them, as done."""
-        settled, self._open = self._open[:count], self._open[count:]
-        if self._needs_context and settled:
-            self._context = settled if text else self._context + settled
-            self._context_text = self._decode(self._context)
-        if not self._open:
-            ids, self._ids = self._ids, []
-            return ids, text
-        end = len(self._ids)
-        for _ in self._open:
-            end = max(i for i in range(end) if self.shows(self._ids[i]))
-        ids, self._ids = self._ids[:end], self._ids[end:]
-        return ids, text
-
-    def shows(self, token: int) -> bool:
-        """Whether a token has text."""
-        return token not in self._silent and token < self._size
 
 
 @dataclass
 class _Run:
-    """Text to show, `start` to `end` in the pending text, of one channel."""
+    """Text to show, `start` to `end` in the pending text, of one channel or one call.
+
+    A `whole` text is shown instead, once all of it is there.
+    """
 
     channel: Channel
     start: int
     end: int
+    call: Call | None = None
+    whole: str | None = None
+
+    def part(self, start: int, end: int, text: str) -> str:
+        """Return what it shows of the pending text from `start` to `end`."""
+        if self.whole is not None:
+            return self.whole if start < self.end <= end else ""
+        return text[max(self.start, start) : min(self.end, end)]
 
 
 class Detokenizer:
@@ -129,9 +57,12 @@ class Detokenizer:
         thinking: whether the prompt left a thought open.
         min_tokens: a stop string counts only if this many tokens or more are there when it ends.
         hidden: tokens without text, besides the special ones (a request's stop tokens).
+        parser: finds calls of functions in the answer; None: it is all text.
+        max_calls: the end of so many calls is the end of the output.
 
     Attributes:
-        stopped: whether a stop string was found; no token is to be pushed after that.
+        stopped: whether a stop string or the last call was found; no token is to be pushed then.
+        calls: how many calls have begun.
         marks: whether each of the ids that have left shows text, where somebody wants to know.
     """
 
@@ -142,9 +73,13 @@ class Detokenizer:
         thinking: bool = False,  # noqa: FBT001, FBT002  # a fact about the prompt, not a mode
         min_tokens: int = 0,
         hidden: Iterable[int] = (),
+        parser: ToolParser | None = None,
+        max_calls: int = sys.maxsize,
     ) -> None:
         self.stopped = False
+        self.calls = 0
         self.marks: list[bool] | None = None
+        self._parser, self._max_calls = parser, max_calls
         self._decoder = TextDecoder(tokenizer, hidden)
         self._stop = tuple(s for s in stop if s)
         self._min_tokens = min_tokens
@@ -163,6 +98,21 @@ class Detokenizer:
         """Tokens of the thought so far, the one that ends it included."""
         return self._count if self._state == "thought" else self._thought_tokens
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the output is inside a thought."""
+        return self._state == "thought"
+
+    @property
+    def answering(self) -> bool:
+        """Whether the thought, if there was one, has ended."""
+        return self._state == "answer"
+
+    @property
+    def closing(self) -> int:
+        """How many characters of `</think>` the thought ends with, without its last."""
+        return overlap(self._text[self._sorted :], CLOSE) if self._state == "thought" else 0
+
     def push(self, token: int) -> list[Piece]:
         """Take the next token in; return what can be shown now, in order.
 
@@ -176,10 +126,11 @@ class Detokenizer:
         self._sort(final=False)
         return self._release(final=False)
 
-    def replay(self, ids: Iterable[int]) -> None:
-        """Take in tokens whose pieces are in the log already."""
+    def replay(self, ids: Iterable[int], seen: Callable[[int], None] = lambda _token: None) -> None:
+        """Take in tokens whose pieces are in the log already; `seen` is told of each of them."""
         for token in ids:
             self.push(token)
+            seen(token)
         self._add(*self._decoder.finish())
         if self._text:
             self._sort(final=True)
@@ -207,11 +158,14 @@ class Detokenizer:
                 self._sorted = self._clear = len(self._text) - len(rest)
                 self._after_tag = not rest
             if self._state == "answer":
-                self._show("content", len(self._text))
+                if self._parser is None:
+                    self._show("content", len(self._text))
+                else:
+                    self._read_answer(self._parser, final=final)
                 return
             close = self._text.find(CLOSE, self._sorted)
             if close < 0:
-                held = 0 if final else _overlap(self._text[self._sorted :], CLOSE)
+                held = 0 if final else overlap(self._text[self._sorted :], CLOSE)
                 self._show("reasoning", len(self._text) - held)
                 return
             self._show("reasoning", close)
@@ -220,6 +174,41 @@ class Detokenizer:
                 self._join(close, self._sorted)
                 self._state, self._after_tag = "answer", True
                 self._thought_tokens = self._count
+
+    def _read_answer(self, parser: ToolParser, *, final: bool) -> None:
+        """Tell text, calls and their markup apart."""
+        for found in parser.read(self._text[self._sorted :], final=final):
+            start, end = self._sorted, self._sorted + found.size
+            if found.kind == "text":
+                self._show("content", end)
+            elif found.kind == "arguments":
+                self._show_call(start, end)
+            else:
+                self._join(start, end)
+                if found.kind == "call":
+                    self._open_call(found, start, end)
+                self._sorted = self._clear = end
+                if found.kind == "end" and self.calls >= self._max_calls:
+                    self.stopped = True
+            if self.stopped:
+                return
+
+    def _open_call(self, found: Found, start: int, end: int) -> None:
+        """Begin a call; its name goes out with the first of its arguments."""
+        call = Call(self.calls, found.name)
+        self.calls += 1
+        if found.arguments:
+            self._runs.append(_Run("content", start, end, call, found.arguments))
+        else:
+            self._runs.append(_Run("content", end, end, call))
+
+    def _show_call(self, start: int, end: int) -> None:
+        """Make text part of the call that is open; stop strings do not count there."""
+        if self._runs and self._runs[-1].call and self._runs[-1].end == start:
+            self._runs[-1].end = end
+        else:
+            self._runs.append(_Run("content", start, end, Call(self.calls - 1)))
+        self._sorted = self._clear = end
 
     def _open_thought(self, *, final: bool) -> bool:
         """Look for `<think>` at the very start; return whether it is clear what begins here."""
@@ -249,8 +238,9 @@ class Detokenizer:
         start, self._sorted = self._sorted, end
         if start == end:
             return
-        if self._runs and self._runs[-1].channel == channel:
-            self._runs[-1].end = end
+        last = self._runs[-1] if self._runs else None
+        if last and last.channel == channel and not last.call and last.end == start:
+            last.end = end
         else:
             self._runs.append(_Run(channel, start, end))
         if self._stop and self._count >= self._min_tokens:
@@ -260,7 +250,7 @@ class Detokenizer:
                 self.stopped = True
                 return
         tail = self._text[self._clear : end]
-        self._clear = end - max((_overlap(tail, stop) for stop in self._stop), default=0)
+        self._clear = end - max((overlap(tail, stop) for stop in self._stop), default=0)
 
     def _find_stop(self, start: int, end: int) -> int | None:
         """Return where the stop string begins that is complete first, if one ends after `start`."""
@@ -275,25 +265,24 @@ class Detokenizer:
         """Return the pieces of the tokens whose text is all clear; the others wait."""
         if self._clear == len(self._text) and len(self._units) == len(self._runs) == 1:
             run = self._runs[0]
-            if run.start == 0 and run.end == self._clear:  # nearly always
+            if run.start == 0 and run.end == self._clear and run.whole is None:  # nearly always
                 ids, text = self._units[0][0], self._text
                 self._reset()
                 self._mark(ids, shown=True)
-                return [Piece(tuple(ids), text, run.channel)]
+                return [Piece(tuple(ids), text, run.channel, call=run.call)]
         return self._sorted_pieces(final=final)
 
     def _sorted_pieces(self, *, final: bool) -> list[Piece]:
-        pieces: list[tuple[Channel, list[int], list[str]]] = []
+        pieces: list[tuple[_Run, list[int], list[str]]] = []
         ids = list[int]()
         start = 0
         while self._units and (final or self._units[0][1] <= self._clear):
             unit, end = self._units.popleft()
             shown = False
             for run in self._runs:
-                text = self._text[max(run.start, start) : min(run.end, end)]
-                if text:
-                    if not pieces or pieces[-1][0] != run.channel:
-                        pieces.append((run.channel, [], []))
+                if text := run.part(start, end, self._text):
+                    if not pieces or not _same(pieces[-1][0], run):
+                        pieces.append((run, [], []))
                     pieces[-1][2].append(text)
                     shown = True
             ids += unit
@@ -305,13 +294,16 @@ class Detokenizer:
         if final and ids:
             if not pieces:
                 channel: Channel = "reasoning" if self._state == "thought" else "content"
-                pieces.append((channel, [], []))
+                pieces.append((_Run(channel, 0, 0), [], []))
             pieces[-1][1].extend(ids)
             ids = []
         if self.marks and ids:  # they stay, and are marked again
             del self.marks[-len(ids) :]
         self._forget(start, ids)
-        return [Piece(tuple(ids), "".join(texts), channel) for channel, ids, texts in pieces]
+        return [
+            Piece(tuple(ids), "".join(texts), run.channel, call=run.call)
+            for run, ids, texts in pieces
+        ]
 
     def _mark(self, tokens: list[int], *, shown: bool) -> None:
         if self.marks is not None:
@@ -332,18 +324,19 @@ class Detokenizer:
         self._sorted = max(self._sorted - start, 0)
         self._clear = max(self._clear - start, 0)
         self._units = deque((ids, end - start) for ids, end in self._units)
-        self._runs = [
-            _Run(run.channel, max(run.start - start, 0), run.end - start)
-            for run in self._runs
-            if run.end > start
-        ]
+        self._runs = [_behind(run, start) for run in self._runs if run.end > start]
 
 
-def _overlap(text: str, word: str) -> int:
-    """Return the length of the longest end of `text` that begins `word` without being all of it."""
-    if not text:
-        return 0
-    at = word.rfind(text[-1], 0, min(len(word) - 1, len(text)))
-    while at >= 0 and not text.endswith(word[: at + 1]):
-        at = word.rfind(text[-1], 0, at)
-    return at + 1
+def _same(one: _Run, other: _Run) -> bool:
+    """Tell whether the texts of two runs belong together."""
+    if one.call and other.call:
+        return one.call.index == other.call.index
+    return one.call is other.call and one.channel == other.channel
+
+
+def _behind(run: _Run, cut: int) -> _Run:
+    """Return what is left of a run behind a place up to which the text is gone."""
+    call = run.call
+    if call and call.name and run.start < cut and run.whole is None:
+        call = Call(call.index)  # the name has gone out
+    return _Run(run.channel, max(run.start - cut, 0), run.end - cut, call, run.whole)

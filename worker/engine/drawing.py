@@ -1,4 +1,7 @@
-"""Draws a step's tokens, with their log probabilities; a row that cannot be drawn fails alone."""
+"""Draws a step's tokens, those that are allowed, with their log probabilities.
+
+A row that cannot be drawn fails alone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.logprobs import Scorer
+from worker.engine.masks import Masks
 from worker.engine.sampler import BAD_ROW, Sampler
 from worker.engine.sequence import Sequence
 
@@ -26,6 +30,7 @@ class Drawer:
 
     def __init__(self, vocab_size: int, device: torch.device, tokenizer: Any) -> None:
         self.sampler, self._scorer = Sampler(vocab_size, device), Scorer(tokenizer)
+        self.masks = Masks(vocab_size, device)
 
     def draw(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
         """Draw a token per row of `[B, V]`; `BAD_ROW` where that is not possible.
@@ -49,6 +54,6 @@ class Drawer:
         return tokens
 
     def _draw(self, logits: Tensor, rows: list[Sequence]) -> list[int]:
-        tokens = self.sampler.sample(logits, rows)
+        tokens = self.sampler.sample(self.masks.apply(logits, rows), rows)
         self._scorer.score(logits, rows, tokens)
         return tokens

@@ -16,12 +16,13 @@ from torch import Tensor
 from shared.errors import UnbrokenError
 from shared.protocol import CancelReason, FinishReason
 from worker.engine.budget import bound
-from worker.engine.detokenizer import Detokenizer
+from worker.engine.constraint import Tokens
 from worker.engine.drawing import Drawer
 from worker.engine.loader import LoadedModel, LoadError
 from worker.engine.logprobs import attach
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
 from worker.engine.model_runner import ModelRunner, UnsupportedModelError, lacks_memory
+from worker.engine.outfit import outfit
 from worker.engine.prefill import Fresh, Prefill
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.sampler import BAD_ROW
@@ -36,6 +37,7 @@ NO_MEMORY = "There is not enough memory to go on with this sequence."
 DECODE_FAILED = "The model could not compute the next token."
 PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
+GRAMMAR_FAILED = "The answer's format has become too complex to be followed."
 TEXT_FAILED = "The next token could not be turned into text."
 
 
@@ -70,6 +72,7 @@ class Engine:
             log.exception("the model cannot be batched")
             raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
         self.drawer = Drawer(self.runner.vocab_size, self.runner.device, loaded.tokenizer)
+        self.tokens = Tokens(loaded, self.runner.vocab_size)
         self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
         self.prefixes = PrefixCache(self.runner.cache, limits.prefix_bytes)
@@ -106,6 +109,7 @@ class Engine:
             torch.AcceleratorError: the device is lost, and the engine with it.
         """
         trial = next((s for s in self.scheduler.running if s.trial), None)
+        self.drawer.masks.begin(self.scheduler.running)
         fresh = [] if trial else self._prefill()
         rows, logits = self._decode(self._rows(trial, fresh))
         if fresh:
@@ -126,6 +130,7 @@ class Engine:
             # From the last row down: a row that ends too is not moved first.
             for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
                 self._remove(sequence)
+        self.drawer.masks.settle()
         self._batch = len(rows)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
@@ -170,18 +175,7 @@ class Engine:
         if not ids or min(ids) < 0 or max(ids) >= self.runner.vocab_size:
             raise ValueError("token ids outside the vocabulary")
         sequence.stopping = build_stopping(sequence, self.cancelled)
-        sampling = sequence.sampling
-        sequence.detokenizer = Detokenizer(
-            self.loaded.tokenizer,
-            sampling.stop,
-            sequence.prompt.thinking,
-            sampling.min_tokens,
-            sampling.stop_token_ids,
-        )
-        if sequence.output_ids:
-            sequence.detokenizer.replay(sequence.output_ids)
-        if sequence.scores is not None:
-            sequence.detokenizer.marks = []
+        outfit(sequence, self.loaded.tokenizer, self.tokens)
         if not sequence.output_ids:
             return False
         return bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
@@ -268,11 +262,14 @@ class Engine:
         """Add a token to a sequence and say what it released; return whether that was its last."""
         if token == BAD_ROW:
             self.runner.scrub(sequence.slot)
-            self._fail(sequence, FAILED, STEP_FAILED)
+            lost = sequence.constraint is not None and sequence.constraint.failed
+            self._fail(sequence, FAILED, GRAMMAR_FAILED if lost else STEP_FAILED)
             return True
         try:
             sequence.output_ids.append(token)
             pieces = tuple(sequence.detokenizer.push(token))
+            if sequence.constraint:
+                sequence.constraint.push(token)
             if bool(sequence.stopping(view, None)):
                 self._finish(sequence, pieces)
                 return True

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence as Rows
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from tokenizers import decoders
@@ -128,6 +129,6 @@ def attach(
     for piece in pieces:
         scores = [waiting.popleft() for _ in piece.ids]
         shown = tuple(one for one in scores if next(left))
-        told.append(Piece(piece.ids, piece.text, piece.channel, shown))
+        told.append(msgspec.structs.replace(piece, scores=shown))
     marks.clear()
     return tuple(told)

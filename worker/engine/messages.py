@@ -50,6 +50,28 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class AnswerForm:
+    """What the answer, behind the thought, has to look like.
+
+    Args:
+        schema: the JSON text of the JSON Schema that it follows; empty: any text.
+        tools: the name of the parser (`worker.tools`) of this model's calls; empty: none are read.
+        functions: the names of the functions, and the JSON Schemas of their arguments as texts.
+        required: whether it has to be a call.
+        parallel: whether there may be several.
+    """
+
+    schema: str = ""
+    tools: str = ""
+    functions: tuple[tuple[str, str], ...] = ()
+    required: bool = False
+    parallel: bool = True
+
+
+FREE = AnswerForm()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A rendered and processed prompt.
 
@@ -64,6 +86,7 @@ class Prompt:
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     thinking: bool = False
     media: str = ""
+    form: AnswerForm = FREE
 
 
 @dataclass(frozen=True)
@@ -137,8 +160,15 @@ class LoadFailed:
     reason: str
 
 
+class Call(msgspec.Struct, frozen=True):
+    """A call of a function, counted from 0; `name` stands in the first of its pieces only."""
+
+    index: int
+    name: str = ""
+
+
 class Piece(msgspec.Struct, frozen=True):
-    """Text released by new tokens, of one channel.
+    """Text released by new tokens, of one channel; that of a `call` belongs to its arguments.
 
     `scores` are those of the tokens that show text, where they are asked for.
     """
@@ -147,6 +177,7 @@ class Piece(msgspec.Struct, frozen=True):
     text: str
     channel: Channel
     scores: tuple[TokenScores, ...] = ()
+    call: Call | None = None
 
 
 class Output(msgspec.Struct, frozen=True):

@@ -6,9 +6,8 @@ Runs in a child process of its own (`create`), because tokenizing and resizing h
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -19,11 +18,13 @@ from jinja2 import TemplateError
 from PIL import Image as PillowImage
 
 from shared.errors import UnbrokenError
-from shared.protocol import MediaPart, Message, TextPart
+from shared.protocol import MediaPart, Message, TextPart, ToolCall, Tools
 from worker.decoder import Image, Video
-from worker.engine.messages import Prompt
+from worker.engine.control_tokens import ControlTokens
+from worker.engine.messages import AnswerForm, Prompt
 from worker.engine.sequence import TOKEN_KINDS
 from worker.engine.torchvision_shim import prepare_torchvision
+from worker.tools import parser_for
 
 log = logging.getLogger("unbroken.engine.processor")
 
@@ -65,14 +66,25 @@ class PromptProcessor:
         self._template = template.get("default") if isinstance(template, dict) else template
         if not self._template:
             raise _not_ready(model, "has no chat template")
-        self._shield = _ControlTokens(self._tokenizer, self._processor)
+        self._parser = parser_for(self._template)
+        self._shield = ControlTokens(self._tokenizer, self._processor)
 
-    def build(self, messages: Sequence[Message], media: Sequence[Media]) -> Prompt:
+    def build(
+        self,
+        messages: Sequence[Message],
+        media: Sequence[Media],
+        tools: Tools | None = None,
+        schema: str = "",
+        effort: str = "",
+    ) -> Prompt:
         """Render, expand and tokenize a conversation.
 
         Args:
             messages: the conversation.
             media: what its media parts refer to, in order.
+            tools: the functions that may be called.
+            schema: the JSON Schema of the answer.
+            effort: of reasoning, for the chat template.
 
         Returns:
             The prompt. `tensors` has all of the processor's outputs but `input_ids` and the
@@ -84,15 +96,29 @@ class PromptProcessor:
         images = [item for item in media if isinstance(item, Image)]
         videos = [item for item in media if isinstance(item, Video)]
         self._check_media(messages, images, videos)
-        self._check_length(messages)
-        text = self._render([self._shield_message(message) for message in messages])
+        self._check_length(messages, tools)
+        conversation = [self._shield_message(message) for message in messages]
+        text = self._render(conversation, self._definitions(tools), effort)
         outputs = self._process(text, images, videos)
         ids, tensors = self._shield.restore(outputs)
-        return Prompt(ids, tensors, self._thinking(ids), _digest(tensors) if media else "")
+        digest = _digest(tensors) if media else ""
+        form = answer_form(tools, schema, self._parser)
+        return Prompt(ids, tensors, self._thinking(ids), digest, form)
 
-    def _check_length(self, messages: Sequence[Message]) -> None:
-        parts = (p.text for m in messages for p in m.parts if isinstance(p, TextPart))
-        least = sum(len(text.encode()) for text in parts) // self._longest_token
+    def _definitions(self, tools: Tools | None) -> list[Any] | None:
+        if tools is None:
+            return None
+        if not self._parser:
+            raise UnbrokenError(
+                "unsupported_parameter", "'tools' are not supported with this model.", "tools"
+            )
+        return [self._shield.hide_in(json.loads(f.definition)) for f in tools.functions]
+
+    def _check_length(self, messages: Sequence[Message], tools: Tools | None) -> None:
+        texts = [p.text for m in messages for p in m.parts if isinstance(p, TextPart)]
+        texts += [call.arguments for message in messages for call in message.tool_calls]
+        texts += [function.definition for function in tools.functions] if tools else []
+        least = sum(len(text.encode()) for text in texts) // self._longest_token
         if least >= self._context_length:
             raise UnbrokenError(
                 "context_length_exceeded",
@@ -126,15 +152,36 @@ class PromptProcessor:
         for name in ("name", "tool_call_id"):
             if (value := getattr(message, name)) is not None:
                 turn[name] = self._shield.hide(value)
+        if message.tool_calls:
+            turn["tool_calls"] = [self._shield_call(call) for call in message.tool_calls]
         return turn
 
-    def _render(self, conversation: list[dict[str, Any]]) -> str:
+    def _shield_call(self, call: ToolCall) -> dict[str, Any]:
+        """Return a call as templates want it: arguments as an object, where they are one."""
+        try:
+            arguments = json.loads(call.arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            arguments = call.arguments
+        function = {"name": call.name, "arguments": arguments}
+        hidden: dict[str, Any] = self._shield.hide_in({"id": call.id, "function": function})
+        return {"type": "function", **hidden}
+
+    def _render(
+        self, conversation: list[dict[str, Any]], tools: list[Any] | None, effort: str
+    ) -> str:
+        options: dict[str, Any] = {}
+        if effort:  # templates pass over what they do not know
+            options = {"enable_thinking": effort != "none", "reasoning_effort": effort}
         try:
             text: str = self._processor.apply_chat_template(
                 conversation,
                 chat_template=self._template,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=True,
+                **options,
             )
         except TemplateError as error:
             raise UnbrokenError(
@@ -189,66 +236,6 @@ class PromptProcessor:
         return closed not in since and self._shield.special_ids.isdisjoint(since)
 
 
-class _ControlTokens:
-    """Keeps the text of clients from becoming control tokens (`<|im_end|>`, `<|image_pad|>`, …).
-
-    Each control token has a stand-in, an added token of a random name. `hide` puts the stand-ins
-    into a client's text, so that neither the processor, which counts and expands placeholders, nor
-    the tokenizer sees the tokens there; `restore` then puts the ids of the same characters, read
-    as ordinary text, into their places.
-    """
-
-    def __init__(self, tokenizer: Any, processor: Any) -> None:
-        from transformers import AddedToken
-
-        added = tokenizer.added_tokens_decoder
-        names = {token.content for token in added.values() if token.special}
-        names |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")}
-        tokens = sorted((n for n in names if n and n.strip()), key=len, reverse=True)
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-        plain = [_encode_as_text(tokenizer, token) for token in tokens]
-        nonce = secrets.token_hex(8)
-        self._stand_ins = {token: f"q{nonce}x{n}q" for n, token in enumerate(tokens)}
-        tokenizer.add_tokens(
-            [AddedToken(s, special=True, normalized=False) for s in self._stand_ins.values()]
-        )
-        ids = tokenizer.convert_tokens_to_ids(list(self._stand_ins.values()))
-        self._plain: dict[int, list[int]] = dict(zip(ids, plain, strict=True))
-        self._refused = {
-            token
-            for token, plain_ids in zip(tokens, plain, strict=True)
-            if not self.special_ids.isdisjoint(plain_ids)
-        }
-
-    def hide(self, text: str) -> str:
-        """Replace the control tokens in a client's text by their stand-ins."""
-        return self._pattern.sub(self._stand_in, text)
-
-    def _stand_in(self, match: re.Match[str]) -> str:
-        if match.group() in self._refused:
-            raise UnbrokenError(
-                "invalid_value", f"The text contains the control token {match.group()}.", "messages"
-            )
-        return self._stand_ins[match.group()]
-
-    def restore(self, outputs: dict[str, Array]) -> tuple[list[int], dict[str, Array]]:
-        """Return the ids without stand-ins, and the other outputs, fitted to them."""
-        ids: list[int] = outputs["input_ids"][0].tolist()
-        tensors = {
-            name: array
-            for name, array in outputs.items()
-            if name not in ("input_ids", "attention_mask")
-        }
-        if self._plain.keys().isdisjoint(ids):
-            return ids, tensors
-        lengths = [len(self._plain.get(index, (0,))) for index in ids]
-        for name, array in tensors.items():
-            if array.shape == (1, len(ids)):  # one value for each token
-                tensors[name] = np.repeat(array, lengths, axis=1)
-        return [new for old in ids for new in self._plain.get(old, (old,))], tensors
-
-
 def _digest(tensors: dict[str, Array]) -> str:
     """Identify media by what the model is to see of them."""
     digest = hashlib.blake2b(digest_size=16)
@@ -257,11 +244,6 @@ def _digest(tensors: dict[str, Array]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _encode_as_text(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return ids
 
 
 def _load(model: str, hf_token: str | None, *, trust_remote_code: bool) -> Any:
@@ -333,9 +315,18 @@ def _metadata(video: Video) -> dict[str, Any]:
     }
 
 
+def answer_form(tools: Tools | None, schema: str, parser: str) -> AnswerForm:
+    """Return what the answer to a request has to look like."""
+    if tools is None:
+        return AnswerForm(schema)
+    functions = tuple((f.name, f.schema) for f in tools.functions if tools.only in (None, f.name))
+    parallel = tools.parallel and tools.only is None
+    return AnswerForm(schema, parser, functions, tools.choice == "required", parallel)
+
+
 def create(
     options: Mapping[str, Any],
-) -> Callable[[tuple[Sequence[Message], Sequence[Media]]], Prompt]:
+) -> Callable[[tuple[Any, ...]], Prompt]:
     """Load a `PromptProcessor(**options)` in a child process; the handler takes its arguments."""
     torch.set_num_threads(1)  # the engine needs the cores
     processor = PromptProcessor(**options)

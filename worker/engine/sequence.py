@@ -20,6 +20,7 @@ TOKEN_KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})
 if TYPE_CHECKING:
     from transformers import StoppingCriteriaList
 
+    from worker.engine.constraint import Constraint
     from worker.engine.detokenizer import Detokenizer
 
 
@@ -50,10 +51,12 @@ class Sequence:
         scores: log probabilities of drawn tokens that no piece has shown yet; None: not asked for.
         stopping: its own stopping criteria; set by the engine before it is scheduled.
         detokenizer: turns its tokens to text; set by the engine before it is scheduled.
+        constraint: which tokens it may have; None: any.
     """
 
     __slots__ = (
         "cached",
+        "constraint",
         "context_length",
         "detokenizer",
         "eos_ids",
@@ -103,6 +106,7 @@ class Sequence:
         self.target = self.total
         self.cached = 0
         self.trial = trial
+        self.constraint: Constraint | None = None
 
     @property
     def total(self) -> int:

@@ -1,9 +1,10 @@
 """When a sequence ends: Transformers stopping criteria that each look at one sequence.
 
 They read the sequence itself, not the tensors they are called with, so that a call costs no more
-than a comparison. What ends a sequence is, in this order: EOS or a stop token, a stop string, a
-length limit, a cancellation. So an EOS in the last place that `max_tokens` allows is a `stop`, and
-a cancellation that comes with the last token has come too late.
+than a comparison. What ends a sequence is, in this order: EOS or a stop token, a stop string, an
+answer that is complete, a length limit, a cancellation. So an EOS in the last place that
+`max_tokens` allows is a `stop`, and a cancellation that comes with the last token has come too
+late.
 """
 
 from __future__ import annotations
@@ -69,6 +70,15 @@ class StopStringCriteria(SequenceCriteria):
         return self.sequence.detokenizer.stopped
 
 
+class CompleteCriteria(SequenceCriteria):
+    """The output is all that its grammar wants, so that nothing could follow."""
+
+    def met(self) -> bool:
+        """Return whether the answer is complete."""
+        constraint = self.sequence.constraint
+        return constraint is not None and constraint.done
+
+
 class LengthCriteria(SequenceCriteria):
     """The output has `max_tokens`, or prompt and output together fill the context."""
 
@@ -129,6 +139,7 @@ def build_stopping(
         [
             EosCriteria(sequence),
             StopStringCriteria(sequence),
+            CompleteCriteria(sequence),
             LengthCriteria(sequence),
             CancelCriteria(sequence, cancelled),
         ]
@@ -145,6 +156,8 @@ def finish_reason(
     """
     for criterion in build_stopping(sequence, cancelled):
         if criterion.met():
-            by_request = isinstance(criterion, CancelCriteria)
-            return criterion.reason, cancelled[sequence.handle] if by_request else None
+            if isinstance(criterion, CancelCriteria):
+                return criterion.reason, cancelled[sequence.handle]
+            called = criterion.reason == "stop" and sequence.detokenizer.calls
+            return "tool_calls" if called else criterion.reason, None
     raise ValueError("the sequence has not ended")

@@ -1,0 +1,71 @@
+"""What an answer has to look like, as a grammar of llguidance; and whether that can be compiled.
+
+Compiling is tried in a child process (`create`): a schema can make it take for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from shared.errors import UnbrokenError
+from worker.engine.messages import AnswerForm
+from worker.tools import PARSERS
+
+AFTER_THOUGHT = r"/\n{0,2}/"
+"""What stands between `</think>` and the answer; it is not shown."""
+
+
+def quoted(text: str) -> str:
+    """Return the grammar's terminal for a text."""
+    return json.dumps(text)
+
+
+def build(form: AnswerForm, quote: Callable[[str], str] = quoted, *, thinking: bool = False) -> str:
+    """Return the grammar in Lark; empty where anything is allowed.
+
+    Args:
+        form: what to match.
+        quote: writes a terminal for a text, which may be a single token of the tokenizer.
+        thinking: whether a thought goes before.
+    """
+    options = ["json"] if form.schema else []
+    rules = [f"json: %json {form.schema}"] if form.schema else []
+    if form.functions and (form.required or form.schema):
+        parser = PARSERS[form.tools]
+        rules.append(parser.grammar(form.functions, quote, parallel=form.parallel))
+        options = ["calls"] if form.required else [*options, "calls"]
+        rules = rules[-1:] if form.required else rules
+    if not options:
+        return ""
+    blank = AFTER_THOUGHT if thinking else ""
+    return "\n".join([f"start: {blank} answer", f"answer: {' | '.join(options)}", *rules])
+
+
+def create() -> Callable[[AnswerForm], None]:
+    """Return what checks a form's grammar, in a child process.
+
+    The check raises `UnbrokenError` (`invalid_value`), with the compiler's reason.
+    """
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    limits = LLParserLimits(verbose_errors=False)
+    tokenizer = LLTokenizer("byte")
+
+    def check(form: AnswerForm) -> None:
+        param = "response_format" if form.schema else "tools"
+        matcher = LLMatcher(tokenizer, build(form), log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise UnbrokenError(
+                "invalid_value", f"'{param}' cannot be followed: {_reason(matcher)}", param
+            )
+
+    return check
+
+
+def _reason(matcher: object) -> str:
+    """Return the compiler's message without where in the grammar that is."""
+    message = str(matcher.get_error()).splitlines()[0]  # type: ignore[attr-defined]
+    return message.rpartition("failed to compile JSON schema: ")[2][:300]

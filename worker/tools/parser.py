@@ -1,0 +1,53 @@
+"""What a parser of tool calls is: it finds the calls in an answer while the answer grows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the next `size` characters of an answer are.
+
+    `text` is shown as it is; `markup` is not shown; `arguments` are shown as part of the open call.
+    `call` is not shown either: it opens a call of `name`, whose arguments follow as such; where
+    `arguments` is set, these are all of them. `end` is markup that closes the call.
+    """
+
+    kind: Literal["text", "markup", "call", "arguments", "end"]
+    size: int
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolParser(ABC):
+    """Reads one answer. What was found depends on the text alone, not on how it came in pieces."""
+
+    @staticmethod
+    @abstractmethod
+    def speaks(template: str) -> bool:
+        """Tell whether a model with this chat template writes its calls in this way."""
+
+    @staticmethod
+    @abstractmethod
+    def grammar(
+        functions: Sequence[tuple[str, str]], quote: Callable[[str], str], *, parallel: bool
+    ) -> str:
+        """Return rules in llguidance's Lark, of which `calls` matches what this parser reads.
+
+        Args:
+            functions: names, and JSON Schemas of arguments as texts.
+            quote: writes a tag or a text as the grammar's terminal for it.
+            parallel: whether there may be more than one call.
+        """
+
+    @abstractmethod
+    def read(self, text: str, *, final: bool) -> Iterator[Found]:
+        """Yield what is known of the text, which begins where the last `Found` ended.
+
+        What may yet become something else is left, and given again with more text behind it;
+        nothing is left where the text is `final`.
+        """

@@ -1,0 +1,166 @@
+"""Qwen's and Hermes' way: `<tool_call>` around a JSON object with `name` and `arguments`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from worker.tools.parser import Found, ToolParser
+from worker.tools.text import overlap
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+HELD_MOST = 8192
+"""Characters of a call without arguments to show yet; longer, it is no call but text."""
+
+# What nearly every call begins with: its arguments can be shown from here on as they come.
+_HEAD = re.compile(
+    r'<tool_call>\s*\{\s*"name"\s*:\s*("(?:[^"\\\n]|\\.){1,256}")\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_MAYBE_HEAD = re.compile(r'<tool_call>\s*(\{\s*("|$)|$)')
+_BLANK = re.compile(r"\s*")
+
+
+class QwenToolParser(ToolParser):
+    """A call is shown from its name on, its arguments letter by letter as the model writes them.
+
+    What stands in the tags and is no such object stays text, tags and all. Once the arguments have
+    begun they are passed on even if they turn out to be no JSON: what was sent cannot be taken back
+    (as with OpenAI's models, callers have to check them).
+    """
+
+    def __init__(self) -> None:
+        self._state: Literal["text", "arguments", "tail"] = "text"
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._closed = False  # the brace that ends the object was there
+        self._after_call = False  # blanks between calls, or behind the last, are not shown
+
+    @staticmethod
+    def speaks(template: str) -> bool:
+        """Tell whether a template has these tags around JSON (Qwen3-Coder's have no JSON)."""
+        return OPEN in template and "<function=" not in template
+
+    @staticmethod
+    def grammar(
+        functions: Sequence[tuple[str, str]], quote: Callable[[str], str], *, parallel: bool
+    ) -> str:
+        """Return the rules for one call or more of these functions."""
+        more = '("\\n" call)*' if parallel else ""
+        rules = [
+            f"calls: call {more}",
+            "call: " + " | ".join(f"call_{n}" for n in range(len(functions))),
+        ]
+        for n, (name, schema) in enumerate(functions):
+            head = quote(f'\n{{"name": {json.dumps(name)}, "arguments": ')
+            tail = quote("}\n")
+            rules.append(f"call_{n}: {quote(OPEN)} {head} %json {schema} {tail} {quote(CLOSE)}")
+        return "\n".join(rules)
+
+    def read(self, text: str, *, final: bool) -> Iterator[Found]:
+        """Yield what is known of the text: see `ToolParser.read`."""
+        at = 0
+        readers = {"text": self._text, "arguments": self._arguments, "tail": self._tail}
+        while at < len(text):
+            found = readers[self._state](text[at:], final)
+            if found is None:
+                return
+            if found.size:
+                yield found
+            at += found.size
+
+    def _text(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+        if self._after_call:
+            blank = _size(_BLANK.match(text))
+            if blank:
+                return Found("markup", blank)
+            self._after_call = False
+        at = text.find(OPEN)
+        if at > 0:
+            return Found("text", at)
+        if at < 0:
+            held = 0 if final else overlap(text, OPEN)
+            return Found("text", len(text) - held) if held < len(text) else None
+        return self._call(text, final=final)
+
+    def _call(self, text: str, *, final: bool) -> Found | None:
+        """Look at what begins with the opening tag."""
+        head = _HEAD.match(text)
+        name = _string(head.group(1)) if head else None
+        if head and name:
+            self._state = "arguments"
+            return Found("call", head.end(), name)
+        end = text.find(CLOSE, 0, HELD_MOST)
+        if end >= 0:
+            whole = _object(text[len(OPEN) : end])
+            if whole:
+                self._state, self._closed = "tail", True
+                return Found("call", end, *whole)
+        elif not final and len(text) < HELD_MOST and _MAYBE_HEAD.match(text):
+            return None
+        return Found("text", len(OPEN))
+
+    def _arguments(self, text: str, _final: bool) -> Found:  # noqa: FBT001  # as `read` has it
+        """Take what belongs to the JSON object of the arguments."""
+        for at, letter in enumerate(text):
+            if self._in_string:
+                if self._escaped:
+                    self._escaped = False
+                elif letter == "\\":
+                    self._escaped = True
+                elif letter == '"':
+                    self._in_string = False
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._state, self._closed = "tail", False
+                    return Found("arguments", at + 1)
+        return Found("arguments", len(text))
+
+    def _tail(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+        """Take what ends a call; anything else that comes instead is text."""
+        blank = _size(_BLANK.match(text))
+        if blank:
+            return Found("markup", blank)
+        if not self._closed and text[0] == "}":
+            self._closed = True
+            return Found("markup", 1)
+        if text.startswith(CLOSE):
+            self._state, self._after_call = "text", True
+            return Found("end", len(CLOSE))
+        if not final and CLOSE.startswith(text):
+            return None
+        self._state = "text"
+        return Found("text", 0)
+
+
+def _size(match: re.Match[str] | None) -> int:
+    return match.end() if match else 0
+
+
+def _string(text: str) -> str | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _object(text: str) -> tuple[str, str] | None:
+    """Return name and arguments of a call that is written in some other order."""
+    try:
+        call: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+        return None
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if not isinstance(arguments, dict):
+        return None
+    return call["name"], json.dumps(arguments, ensure_ascii=False)
