@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import json
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 from pydantic import Field
 
 from gateway.fit import silent
+from gateway.json_schema import parse_format
 from gateway.openai import (
     ChatRequest,
     GenerationBody,
@@ -18,6 +20,8 @@ from gateway.openai import (
     unsupported,
     validate,
 )
+from gateway.reasoning import BUDGETS
+from gateway.tools import called, invalid, parse_tools
 from shared.errors import UnbrokenError
 from shared.protocol import GenerationRequest, Message, ResponseParams, TextPart
 
@@ -44,7 +48,8 @@ class ResponsesRequest(GenerationBody):
     store: bool | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
 
 
 def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
@@ -62,11 +67,16 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
     if asked.background and asked.store is False:
         raise unsupported("background", "with 'store': false is not supported")
     max_tokens = asked.max_output_tokens or settings.max_tokens
+    effort, form = _effort(body), _object(body, "text").get("format")
     generation = GenerationRequest(
-        messages=_messages(asked), sampling=sampling(asked, settings, max_tokens, 1)
+        messages=_messages(asked),
+        sampling=sampling(asked, settings, max_tokens, 1, effort),
+        tools=parse_tools(body, nested=False),
+        schema=parse_format(form, "text.format"),
+        effort=effort or "",
     )
     check_counts(generation, settings, "input")
-    params = _params(asked, generation)
+    params = _params(asked, generation, form)
     told = hashlib.sha256(msgspec.json.encode(params, order="deterministic")).hexdigest()
     return ChatRequest(
         generation=generation,
@@ -81,8 +91,17 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
     )
 
 
-def _params(asked: ResponsesRequest, generation: GenerationRequest) -> ResponseParams:
-    used = generation.sampling
+def _effort(body: dict[str, Any]) -> str | None:
+    effort = _object(body, "reasoning").get("effort")
+    if effort is not None and effort not in BUDGETS:
+        raise invalid("reasoning.effort", f"must be one of {', '.join(BUDGETS)}")
+    return cast("str | None", effort)
+
+
+def _params(
+    asked: ResponsesRequest, generation: GenerationRequest, form: dict[str, Any] | None
+) -> ResponseParams:
+    used, choice = generation.sampling, asked.tool_choice or "auto"
     return ResponseParams(
         background=bool(asked.background),
         store=asked.store is not False,
@@ -92,9 +111,18 @@ def _params(asked: ResponsesRequest, generation: GenerationRequest) -> ResponseP
         presence_penalty=used.presence_penalty,
         max_output_tokens=asked.max_output_tokens,
         parallel_tool_calls=asked.parallel_tool_calls is not False,
-        tool_choice=asked.tool_choice or "auto",
+        tool_choice=choice if isinstance(choice, str) else json.dumps(choice),
+        tools=json.dumps([_shown(tool) for tool in asked.tools or ()]),
+        format=json.dumps(form or {"type": "text"}),
+        effort=generation.effort,
         metadata=asked.metadata or {},
     )
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a function as Responses show it, with all the fields that the SDKs expect."""
+    fields = ("type", "name", "description", "parameters", "strict")
+    return {**{name: tool.get(name) for name in fields}, "strict": bool(tool.get("strict"))}
 
 
 def _refuse_unsupported(body: dict[str, Any]) -> None:
@@ -102,7 +130,6 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
     for param in (*NEVER, *NOT_YET):
         if body.get(param):
             raise unsupported(param)
-    _refuse_tools(body)
     _refuse_options(body)
     include = body.get("include")
     if include is not None and not isinstance(include, list):
@@ -117,27 +144,14 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
 
 def _refuse_options(body: dict[str, Any]) -> None:
     reasoning = _object(body, "reasoning")
-    if reasoning.get("effort"):
-        raise unsupported("reasoning.effort")
     for name in ("summary", "generate_summary"):
         if reasoning.get(name) not in (None, "auto"):
             raise unsupported(f"reasoning.{name}", "other than 'auto' is not supported")
-    if _object(body, "text").get("format") not in (None, {"type": "text"}):
-        raise unsupported("text.format", "other than {'type': 'text'} is not supported")
+    form = _object(body, "text").get("format")
+    if form is not None and not isinstance(form, dict):
+        raise invalid("text.format", "must be an object")
     if body.get("truncation") not in (None, "disabled"):
         raise unsupported("truncation", "other than 'disabled' is not supported")
-
-
-def _refuse_tools(body: dict[str, Any]) -> None:
-    tools = body.get("tools")
-    first = tools[0] if isinstance(tools, list) and tools else None
-    kind = first.get("type") if isinstance(first, dict) else None
-    if isinstance(kind, str) and kind != "function":
-        raise unsupported("tools[0].type", f"'{kind[:64]}' is not supported")
-    if tools:
-        raise unsupported("tools")
-    if body.get("tool_choice") not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
 
 
 def _object(body: dict[str, Any], param: str) -> dict[str, Any]:
@@ -150,8 +164,17 @@ def _object(body: dict[str, Any], param: str) -> dict[str, Any]:
 def _messages(asked: ResponsesRequest) -> tuple[Message, ...]:
     given = asked.input
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    read = [_item(item, f"input[{index}]") for index, item in enumerate(items)]
-    messages = [one for one in read if one is not None]
+    messages: list[Message] = []
+    for index, item in enumerate(items):
+        one = _item(item, f"input[{index}]")
+        if one is None:
+            continue
+        last = messages[-1] if messages else None
+        if last and last.role == one.role == "assistant" and one.tool_calls:  # of one turn
+            calls = (*last.tool_calls, *one.tool_calls)
+            messages[-1] = msgspec.structs.replace(last, tool_calls=calls)
+        else:
+            messages.append(one)
     if not messages:
         raise UnbrokenError("invalid_value", "'input' holds no message.", "input")
     if asked.instructions:
@@ -164,6 +187,12 @@ def _item(item: dict[str, Any], where: str) -> Message | None:
     kind = item.get("type", "message")
     if kind == "reasoning":
         return None
+    if kind == "function_call":
+        call = called(item.get("call_id"), item, where, where)
+        return Message("assistant", tool_calls=(call,))
+    if kind == "function_call_output":
+        result = {"role": "tool", "content": item.get("output")}
+        return message({**result, "tool_call_id": item.get("call_id")}, where)
     if kind != "message":
         shown = kind[:64] if isinstance(kind, str) else "?"
         raise unsupported(f"{where}.type", f"'{shown}' is not supported")

@@ -160,6 +160,7 @@ class ResponseBuilder:
 
     def _response(self, status: ResponseStatus, output: Sequence[dict[str, Any]]) -> dict[str, Any]:
         params = self._params
+        choice = params.tool_choice
         return {
             "id": self.id,
             "object": "response",
@@ -180,10 +181,10 @@ class ResponseBuilder:
             "presence_penalty": params.presence_penalty,
             "max_output_tokens": params.max_output_tokens,
             "parallel_tool_calls": params.parallel_tool_calls,
-            "tool_choice": params.tool_choice,
-            "tools": [],
-            "text": {"format": {"type": "text"}},
-            "reasoning": {"effort": None, "summary": None},
+            "tool_choice": msgspec.json.decode(choice) if choice.startswith("{") else choice,
+            "tools": msgspec.json.decode(params.tools),
+            "text": {"format": msgspec.json.decode(params.format)},
+            "reasoning": {"effort": params.effort or None, "summary": None},
             "truncation": "disabled",
             "top_logprobs": 0,
             "instructions": None,

@@ -150,6 +150,7 @@ class ResponseParams(msgspec.Struct, frozen=True, omit_defaults=True):
     A `background` session is not abandoned, however long nobody watches it. One without `store`
     cannot be retrieved as a response, and goes into no archive. `temperature` and the other numbers
     are those that were used; `max_output_tokens` is None where the request does not say.
+    `tools`, `format` and a `tool_choice` that is more than a word are JSON, as they are shown.
     """
 
     background: bool = False
@@ -160,7 +161,10 @@ class ResponseParams(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0
     max_output_tokens: int | None = None
     parallel_tool_calls: bool = True
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: str = "auto"
+    tools: str = "[]"
+    format: str = '{"type": "text"}'
+    effort: str = ""
     metadata: dict[str, str] = {}
 
 

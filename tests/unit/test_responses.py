@@ -15,6 +15,7 @@ from gateway.responses_render import ResponseBuilder, ResponseFrames, event_fram
 from gateway.sse import DONE
 from shared.errors import KINDS, UnbrokenError
 from shared.protocol import (
+    CallDelta,
     Delta,
     Failed,
     Finished,
@@ -213,18 +214,80 @@ def test_items_become_messages():
     assert messages[2].parts == (TextPart("A cat."),)
 
 
+FUNCTION = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+
+
+def test_functions_formats_and_efforts_are_read():
+    """They mean what the same fields of a chat mean, and are kept to be shown."""
+    form = {"type": "json_schema", "name": "it", "schema": {"type": "integer"}, "strict": True}
+    asked = parsed(
+        tools=[FUNCTION],
+        tool_choice={"type": "function", "name": "look"},
+        text={"format": form},
+        reasoning={"effort": "low"},
+    )
+    tools = asked.generation.tools
+    assert (tools.only, tools.choice, tools.functions[0].name) == ("look", "required", "look")
+    assert json.loads(asked.generation.schema)["type"] == "integer"
+    assert asked.generation.sampling.thinking_budget == 1024
+    assert json.loads(asked.response.format) == form
+    assert json.loads(asked.response.tools)[0]["name"] == "look"
+
+
+def test_calls_of_one_turn_become_one_message():
+    """Calls behind an answer belong to it; their outputs are messages of their own."""
+    items = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "I do."},
+        {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sea"},
+        {"type": "function_call_output", "call_id": "c2", "output": "sky"},
+    ]
+    messages = parsed(input=items, tools=[FUNCTION]).generation.messages
+    assert [m.role for m in messages] == ["user", "assistant", "tool", "tool"]
+    assert [call.id for call in messages[1].tool_calls] == ["c1", "c2"]
+    assert messages[3].tool_call_id == "c2"
+
+
+def test_a_call_is_an_item_of_its_own():
+    """Its arguments come in events between those that begin and end it; the end adds no item."""
+    events = [
+        Started(1),
+        Delta(0, (1,), "I look."),
+        CallDelta(0, (2,), 0, '{"at"', "look"),
+        CallDelta(0, (3,), 0, ": 1}"),
+        CallDelta(0, (4,), 1, "{}", "now"),
+        Delta(0, (5,), ""),
+        Finished(("tool_calls",), Usage(7, 5)),
+    ]
+    builder = ResponseBuilder("resp_1", RECORD)
+    made = [one for event in events for one in builder.take(event)]
+    assert [one["sequence_number"] for one in made] == list(range(len(made)))
+    message, look, now = builder.final["output"]
+    assert (message["type"], look["name"], look["arguments"]) == ("message", "look", '{"at": 1}')
+    assert (now["name"], now["arguments"], now["status"]) == ("now", "{}", "completed")
+    assert look["call_id"] != now["call_id"]
+    deltas = [e["delta"] for e in made if e["type"] == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == '{"at": 1}{}'
+
+
 BAD = [
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"background": True, "store": False}, "background"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-    ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+    ({"tools": [{"type": "function", "name": "f g"}]}, "tools[0].name"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+    ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"reasoning": "low"}, "reasoning"),
-    ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}}, "text.format.schema"),
     ({"truncation": "auto"}, "truncation"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
@@ -235,7 +298,9 @@ BAD = [
     ({"input": 3}, "input"),
     ({"input": [{"type": "reasoning", "id": "rs_1"}]}, "input"),
     ({"input": [{"type": "item_reference", "id": "m"}]}, "input[0].type"),
-    ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].type"),
+    ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].content"),
+    ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
+    ({"input": [{"type": "custom_tool_call", "call_id": "c"}]}, "input[0].type"),
     ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
     ({"input": [{"role": ["user"], "content": "x"}]}, "input[0].role"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
