@@ -1,0 +1,261 @@
+"""Answers that follow a grammar, thoughts with a budget: a real engine over random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+
+import jsonschema
+import pytest
+
+from gateway.json_schema import check_schema
+from shared.errors import UnbrokenError
+from shared.protocol import SamplingParams
+from tests.engine_kit import Driver, Engine, config, text_prompt
+from worker.engine.loader import load
+from worker.engine.messages import AnswerForm
+from worker.forms import FormChecker
+
+pytestmark = pytest.mark.timeout(120)
+
+ONE = {
+    "type": "object",
+    "properties": {"at": {"type": "string", "maxLength": 9}, "n": {"enum": [1, 2.5, None]}},
+    "required": ["at", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_model):
+    return load(config(demo_model), lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    return Engine(loaded, 32)
+
+
+def form(schema=ONE, **changes):
+    return AnswerForm(check_schema(schema, "response_format"), **changes)
+
+
+def calls(names=("look", "now"), **changes):
+    schema = check_schema(ONE, "tools")
+    functions = tuple((name, schema) for name in names)
+    return AnswerForm(tools="qwen", functions=functions, required=True, **changes)
+
+
+def prompt(form=None, seed=0, *, thinking=False):
+    changes = {"thinking": thinking} | ({"form": form} if form else {})
+    return dataclasses.replace(text_prompt(20, seed), **changes)
+
+
+def sampling(**changes):
+    return SamplingParams(**{"temperature": 1.0, "max_tokens": 250, "seed": 3, **changes})
+
+
+def run(engine, *works):
+    """Run (prompt, sampling, generated) side by side; returns the driver, handles from 1."""
+    driver = Driver(engine)
+    for handle, work in enumerate(works, 1):
+        driver.add(handle, *work)
+    return driver.drain()
+
+
+def content(driver, handle):
+    pieces = [p for o in driver.said[handle] for p in o.pieces]
+    return "".join(p.text for p in pieces if p.channel == "content" and not p.call)
+
+
+def a_schema(draw, depth=0):  # noqa: C901, PLR0911  # a kind after the other
+    """Return a random schema whose documents are not endless."""
+    kinds = ["enum", "const", "string", "integer", "boolean", "null", "pattern", "date"]
+    kind = draw.choice(kinds + ["object", "object", "array", "any", "tuple"] * (depth < 3))
+    if kind == "enum":
+        return {"enum": draw.sample(["a", "b c", 'q"', "é", 1, -2.5, None, True, [1]], 3)}
+    if kind == "const":
+        return {"const": draw.choice(["x", {"k": [1]}, 0])}
+    if kind == "string":
+        return {"type": "string", "minLength": draw.randint(0, 2), "maxLength": draw.randint(2, 8)}
+    if kind == "integer":
+        low = draw.randint(-50, 50)
+        return {"type": "integer", "minimum": low, "maximum": low + draw.randint(0, 500)}
+    if kind == "pattern":
+        return {"type": "string", "pattern": draw.choice(["^[a-f]{2,5}$", "^(on|off)$"])}
+    if kind == "date":
+        return {"type": "string", "format": draw.choice(["date", "time", "ipv4", "uuid"])}
+    if kind == "object":
+        names = draw.sample(["id", "name", "a b", "ü", "type", "x1"], draw.randint(1, 3))
+        return {
+            "type": "object",
+            "properties": {name: a_schema(draw, depth + 1) for name in names},
+            "required": draw.sample(names, draw.randint(0, len(names))),
+            "additionalProperties": False,
+        }
+    if kind == "array":
+        items = {"items": a_schema(draw, depth + 2)}
+        return {"type": "array", **items, "minItems": draw.randint(0, 1), "maxItems": 2}
+    if kind == "tuple":
+        both = [a_schema(draw, depth + 2), a_schema(draw, depth + 2)]
+        return {"type": "array", "prefixItems": both, "items": False, "minItems": 2}
+    if kind == "any":
+        return {"anyOf": [a_schema(draw, depth + 2), a_schema(draw, depth + 2)]}
+    return {"type": kind}
+
+
+def test_two_hundred_random_schemas_are_followed(engine):
+    """Each answer validates, with 32 schemas in a batch, greedy and sampled, thought or not."""
+    draw = random.Random(5)
+    works, schemas = [], []
+    for seed in range(200):
+        schemas.append(a_schema(draw))
+        changes = {"thinking_budget": 6, "temperature": draw.choice([0.0, 0.7, 1.5]), "seed": seed}
+        thinking = bool(seed % 2)
+        works.append((prompt(form(schemas[-1]), seed, thinking=thinking), sampling(**changes)))
+    driver = run(engine, *works)
+    for handle, schema in enumerate(schemas, 1):
+        assert driver.last(handle).finish == "stop", schema
+        jsonschema.validate(json.loads(content(driver, handle)), schema)
+
+
+def test_a_row_says_the_same_alone_and_in_a_batch(engine, loaded):
+    """Other rows with other schemas, or with none, change nothing."""
+    works = [
+        (prompt(form(), 1, thinking=True), sampling(thinking_budget=5)),
+        (prompt(calls(), 2), sampling(temperature=0)),
+        (prompt(None, 3), sampling(max_tokens=40)),
+        (prompt(form({"type": "array", "items": ONE, "maxItems": 2}), 4), sampling()),
+    ]
+    together = run(engine, *works)
+    for handle, work in enumerate(works, 1):
+        assert run(Engine(loaded, 1), work).ids(1) == together.ids(handle)
+
+
+def test_a_sequence_continues_from_any_seam(engine):
+    """Whatever part of it a successor knows, its tokens and its text go on as they would have."""
+    for work in (
+        (prompt(form(), 7, thinking=True), sampling(thinking_budget=5)),
+        (prompt(calls(), 8, thinking=True), sampling(thinking_budget=3)),
+    ):
+        whole = run(engine, work)
+        ids = whole.ids(1)
+        seams, count = [], 0
+        for output in whole.said[1]:
+            count += sum(len(piece.ids) for piece in output.pieces)
+            seams.append(count)
+        again = run(engine, *[(*work, ids[:seam]) for seam in seams])
+        for handle, seam in enumerate(seams, 1):
+            assert again.ids(handle) == ids[seam:], seam
+            assert whole.text(1).endswith(again.text(handle))
+            assert again.last(handle).finish == whole.last(1).finish
+            assert again.last(handle).reasoning_tokens == whole.last(1).reasoning_tokens
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_required_call_is_one_of_the_functions(engine, parallel):
+    """Names are of the request, arguments follow their schema, and the reason is `tool_calls`."""
+    called = calls(parallel=parallel)
+    work = [
+        (prompt(called, s, thinking=True), sampling(seed=s, thinking_budget=2)) for s in range(12)
+    ]
+    driver = run(engine, *work)
+    most = 0
+    for handle in range(1, 13):
+        last = driver.last(handle)
+        made: dict[int, list[str]] = {}
+        for piece in (p for o in driver.said[handle] for p in o.pieces):
+            if piece.call:
+                made.setdefault(piece.call.index, [piece.call.name, ""])[1] += piece.text
+        most = max(most, len(made))
+        assert content(driver, handle) == ""
+        assert last.finish == ("tool_calls" if last.completion_tokens < 250 else "length")
+        for name, arguments in list(made.values())[: None if last.finish == "tool_calls" else -1]:
+            assert name in ("look", "now")
+            jsonschema.validate(json.loads(arguments), ONE)
+    assert most == 1 or parallel
+
+
+def test_a_named_function_is_the_only_one(engine):
+    """Of one function, the call is that one."""
+    driver = run(engine, (prompt(calls(["now"], parallel=False)), sampling()))
+    assert next(p.call.name for o in driver.said[1] for p in o.pieces if p.call) == "now"
+
+
+def test_a_cut_answer_is_the_beginning_of_one(engine):
+    """`max_tokens` ends it as `length`; nothing is added to close it."""
+    whole = run(engine, (prompt(form(), 7), sampling()))
+    cut = run(engine, (prompt(form(), 7), sampling(max_tokens=6)))
+    assert cut.last(1).finish == "length"
+    assert cut.ids(1) == whole.ids(1)[:6]
+
+
+@pytest.mark.parametrize("fields", [{"min_tokens": 240}, {"ignore_eos": True}, {"top_k": 1}])
+def test_an_answer_that_is_complete_ends(engine, fields):
+    """Nothing can follow it, whatever else is asked for."""
+    driver = run(engine, (prompt(form(), 7), sampling(**fields)))
+    assert driver.last(1).finish == "stop"
+    jsonschema.validate(json.loads(content(driver, 1)), ONE)
+
+
+def test_an_answer_does_not_end_in_its_thought(engine, loaded):
+    """EOS, wanted with all its might, comes neither in the thought nor within the answer."""
+    wanted = dict.fromkeys(loaded.eos_ids, 100.0)
+    work = (prompt(form(), thinking=True), sampling(logit_bias=wanted, thinking_budget=9))
+    driver = run(engine, work, (prompt(None, thinking=True), sampling(logit_bias=wanted)))
+    assert driver.last(2).completion_tokens == 1
+    jsonschema.validate(json.loads(content(driver, 1)), ONE)
+    assert driver.last(1).reasoning_tokens == 10
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_thought_ends_with_its_budget(engine, loaded, budget):
+    """After so many tokens comes the end of the thought, and it counts as reasoning."""
+    work = (prompt(None, thinking=True), sampling(thinking_budget=budget, max_tokens=30, top_k=40))
+    free = run(engine, (work[0], sampling(max_tokens=30, top_k=40)))
+    driver = run(engine, work)
+    [close] = loaded.tokenizer.encode("</think>", add_special_tokens=False)
+    assert free.ids(1).index(close) > 7 if close in free.ids(1) else True
+    assert driver.ids(1)[: budget + 1] == [*free.ids(1)[:budget], close]
+    assert driver.last(1).reasoning_tokens == budget + 1
+    assert driver.last(1).completion_tokens == len(driver.ids(1))
+
+
+def hang():
+    return {"allOf": [{"type": "string", "pattern": f".*[a-m].{{{i}}}x.*"} for i in range(30)]}
+
+
+async def test_bad_schemas_are_refused_in_bounded_time():
+    """What the compiler cannot do is a 400 that names the field; one that hangs it, too."""
+    checker = FormChecker(1, seconds=2)
+    await checker.start()
+    try:
+        await checker.check(form())
+        for schema in (
+            {"not": {}},
+            {"type": "strange"},
+            {"enum": []},
+            {"type": "integer", "minimum": 5, "maximum": 3},
+            {"type": "string", "pattern": "((("},
+            {"$ref": "#/nowhere"},
+            {"oneOf": [{"type": "string"}, {"enum": ["a"]}]},
+            {"properties": {"a": {}}, "required": ["b"], "additionalProperties": False}
+            | {"type": "object"},
+            hang(),
+        ):
+            for _again in range(2):  # the outcome is remembered
+                began = time.monotonic()
+                with pytest.raises(UnbrokenError) as caught:
+                    await checker.check(form(schema))
+                assert (caught.value.kind.status, caught.value.param) == (400, "response_format")
+                assert time.monotonic() - began < 8
+        with pytest.raises(UnbrokenError) as caught:
+            await checker.check(
+                AnswerForm(tools="qwen", functions=(("f", '{"type": "strange"}'),), required=True)
+            )
+        assert caught.value.param == "tools"
+        await checker.check(calls())  # the child that was killed has a successor
+    finally:
+        await checker.close()
