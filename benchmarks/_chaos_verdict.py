@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from shared.protocol import Delta, Event, Started, Terminal, decode_event
+from shared.protocol import Event, Generated, Started, Terminal, decode_event
 from shared.session_log import SessionLog
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Log:
         """Return each choice's token ids, of all events or of those before an index."""
         ids = defaultdict[int, list[int]](list)
         for event in self.events[:before]:
-            if isinstance(event, Delta):
+            if isinstance(event, Generated):
                 ids[event.choice] += event.ids
         return dict(ids)
 

@@ -74,9 +74,10 @@ def _function(tool: Any, where: str, *, nested: bool) -> Function:
     schema = schema or NO_ARGUMENTS
     if schema.get("type") != "object":
         raise invalid(f"{where}.parameters", 'must be a JSON Schema of "type": "object"')
+    checked = check_schema(schema, f"{where}.parameters")  # before it is read any further
     function = {"name": name, "description": described or "", "parameters": schema}
     definition = json.dumps({"type": "function", "function": function}, ensure_ascii=False)
-    return Function(name, definition, check_schema(schema, f"{where}.parameters"))
+    return Function(name, definition, checked)
 
 
 def _name(given: dict[str, Any], where: str) -> str:
@@ -138,7 +139,10 @@ def called(call_id: Any, function: dict[str, Any], where: str, inside: str) -> T
     name = _name(function, inside)
     arguments = function.get("arguments")
     if isinstance(arguments, dict):  # some clients send what the model was meant to
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        except RecursionError:
+            raise invalid(f"{inside}.arguments", "is nested too deep") from None
     if not isinstance(arguments, str):
         raise invalid(f"{inside}.arguments", "must be a string")
     return ToolCall(call_id or "", name, arguments)

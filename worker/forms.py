@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from shared.errors import UnbrokenError
@@ -27,7 +28,7 @@ class FormChecker:
         self._pool = ChildPool(
             "worker.grammar:create", size=processes, timeout=seconds, start_timeout=60
         )
-        self._known: dict[AnswerForm, UnbrokenError | None] = {}
+        self._known: dict[bytes, UnbrokenError | None] = {}
 
     async def start(self) -> None:
         """Start the processes.
@@ -50,11 +51,13 @@ class FormChecker:
         """
         if not (form.schema or form.required):
             return
-        if form not in self._known:
+        name = hashlib.sha256(repr(form).encode()).digest()  # forms may be megabytes
+        if name not in self._known:
+            outcome = await self._try(form)
             while len(self._known) >= KNOWN_FORMS:
                 del self._known[next(iter(self._known))]
-            self._known[form] = await self._try(form)
-        error = self._known[form]
+            self._known[name] = outcome
+        error = self._known[name]
         if error:
             raise UnbrokenError(error.code, error.message, error.param)
 

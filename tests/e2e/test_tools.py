@@ -27,8 +27,8 @@ SCHEMA = {
     "required": ["at", "how"],
     "additionalProperties": False,
 }
-LOOK = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
-NOW = {"type": "function", "function": {"name": "now", "description": "What time is it?"}}
+LOOK = {"type": "function", "function": {"name": "look", "parameters": SCHEMA, "strict": True}}
+NOW = {"type": "function", "function": {"name": "now", "strict": True}}
 ASK = [{"role": "user", "content": "Look at the sea."}]
 FORMAT = {
     "type": "json_schema",

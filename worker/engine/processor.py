@@ -159,14 +159,13 @@ class PromptProcessor:
     def _shield_call(self, call: ToolCall) -> dict[str, Any]:
         """Return a call as templates want it: arguments as an object, where they are one."""
         try:
-            arguments = json.loads(call.arguments)
+            arguments = self._shield.hide_in(json.loads(call.arguments))
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            arguments = call.arguments
-        function = {"name": call.name, "arguments": arguments}
-        hidden: dict[str, Any] = self._shield.hide_in({"id": call.id, "function": function})
-        return {"type": "function", **hidden}
+            arguments = self._shield.hide(call.arguments)
+        function = {"name": self._shield.hide(call.name), "arguments": arguments}
+        return {"type": "function", "id": self._shield.hide(call.id), "function": function}
 
     def _render(
         self, conversation: list[dict[str, Any]], tools: list[Any] | None, effort: str
