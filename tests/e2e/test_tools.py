@@ -21,6 +21,8 @@ from tests.client_kit import output_of
 from tests.conftest import TEST_ENV
 from tests.stack import Stack, clean_environment, wait_until
 
+pytestmark = pytest.mark.timeout(400)  # two workers start, and one again: slow on a busy machine
+
 SCHEMA = {
     "type": "object",
     "properties": {"at": {"type": "string", "maxLength": 8}, "how": {"enum": ["near", "far"]}},

@@ -153,7 +153,7 @@ def test_recursion_needs_an_end():
 
 def test_a_schema_of_any_shape_is_judged_in_time():
     """A chain of references in the worst order costs a fraction of a second."""
-    count = 400
+    count = 600
     defs = {
         f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}, "minItems": 1}
         for i in range(count)
@@ -162,7 +162,7 @@ def test_a_schema_of_any_shape_is_judged_in_time():
     for order in (defs, dict(reversed(defs.items()))):
         last = {f"a{count}": {"type": "null"}}
         chat(response_format=form({"$ref": "#/$defs/a0", "$defs": {**order, **last}}))
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 0.7
 
 
 def test_the_order_of_properties_is_kept_on_the_way_to_the_worker():
