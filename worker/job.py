@@ -116,7 +116,6 @@ class SessionJob:
             log.error("session discarded", extra={"session": sid, "why": error.message})  # noqa: TRY400
             await self._parts.queue.discard(self.claimed)
             raise LeaseLost from None
-        raw = await self._parts.queue.request(sid)
         if record is None:
             raise LeaseLost
         self._may_be_abandoned = not record.runs_unwatched
@@ -125,7 +124,7 @@ class SessionJob:
         log.info("stream start", extra=extra)
         self._meter = meter = RunMeter(record.model, record, self.claimed.lease)
         try:
-            ending = await self._generate(raw, record)
+            ending = await self._generate(record)
             self._drop_handles()
             if not await writer.finish(ending):
                 raise LeaseLost
@@ -146,18 +145,9 @@ class SessionJob:
             if await writer.finish(Ending(event, "failed")):
                 failed(error.code)
 
-    async def _generate(self, raw: bytes | None, record: SessionRecord) -> Ending:
+    async def _generate(self, record: SessionRecord) -> Ending:
         try:
-            request = _readable(raw)
-            entries = await self._parts.log.read_all(self.claimed.session_id)
-            assert self._writer is not None  # noqa: S101 - run() opened it
-            self._writer.keep(record, raw or b"", [entry.data for entry in entries])
-            generated = replay(entries, request.sampling.n)
-            thoughts = replay(entries, request.sampling.n, "reasoning")
-            self._counts = {
-                choice: (len(ids), len(thoughts[choice])) for choice, ids in enumerate(generated)
-            }
-            self._prompt_tokens = record.prompt_tokens
+            request, generated = await self._load(record)
             self._check_attempts(record)
             prompt = await self._prepare(request, record)
             if prompt is None:
@@ -174,6 +164,25 @@ class SessionJob:
         except msgspec.MsgspecError:
             event = Failed("generation_failed", "The session's request or log is not readable.")
             return Ending(event, "failed", self._usage())
+
+    async def _load(self, record: SessionRecord) -> tuple[GenerationRequest, list[tuple[int, ...]]]:
+        """Read the request, and the tokens of each choice so far."""
+        sid = self.claimed.session_id
+        try:
+            raw, entries = await asyncio.gather(
+                self._parts.queue.request(sid), self._parts.log.read_all(sid)
+            )
+        except FAILED:
+            self._check_attempts(record)  # it may fail like this for ever
+            raise
+        request = _readable(raw)
+        assert self._writer is not None  # noqa: S101 - run() opened it
+        self._writer.keep(record, raw or b"", [entry.data for entry in entries])
+        generated = replay(entries, request.sampling.n)
+        thoughts = replay(entries, request.sampling.n, "reasoning")
+        self._counts = {c: (len(ids), len(thoughts[c])) for c, ids in enumerate(generated)}
+        self._prompt_tokens = record.prompt_tokens
+        return request, generated
 
     def _check_attempts(self, record: SessionRecord) -> None:
         """Give up a session under which workers or engines died again and again."""

@@ -178,22 +178,24 @@ async def test_what_a_worker_cannot_prepare_now_is_tried_again(make, log):
     assert (record.status, text, record.claims) == ("finished", WHOLE, 1)
 
 
-async def test_an_error_of_redis_that_stays_is_not_tried_for_ever(make, log):
+@pytest.mark.parametrize("command", ["begin", "request"])
+async def test_an_error_of_redis_that_stays_is_not_tried_for_ever(make, log, command):
     """A session of which Redis refuses something again and again ends as failed."""
     worker = make()
 
     async def refuse(*_args, **_options):
         raise ResponseError("ERR this does not pass")
 
-    worker.queue.begin = refuse
+    setattr(worker.queue, command, refuse)
     worker.start()
     await submit(worker.queue, "s")
     record, _text = await ended(log, "s")
     assert (record.status, record.attempts) == ("failed", 3)
 
 
-async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, store):
+async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, store, monkeypatch):
     """Each goes on elsewhere, as far as there is room, and the others run on meanwhile."""
+    monkeypatch.setattr(handover, "WAIT_SECONDS", 60)  # on the slowest machine, none goes unasked
     old, new = make("old"), make("new")
     names = [f"s{n}" for n in range(12)]
     old.engine.going.clear()  # it takes its time
@@ -205,7 +207,7 @@ async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, 
         old.engine.step()
     new.engine.going.clear()  # it claims, and says nothing yet
     new.start()
-    draining = asyncio.create_task(old.consumer.drain(10, [len(names) - 2]))
+    draining = asyncio.create_task(old.consumer.drain(60, [len(names) - 2]))
     while len(new.engine.running) < handover.AT_ONCE:
         await asyncio.sleep(0.005)
     assert len(old.engine.running) == len(names) - handover.AT_ONCE
