@@ -91,6 +91,7 @@ async def test_a_broken_record_costs_the_others_no_lease(store, worker):
     batch = [Append(sid, lease, 1, [b"x"]) for sid, lease in leases.items()]
     assert await worker.log.append(batch) == [1, -1]
     await store.redis.zadd(keys.LEASES, {"b": 1})
+    await store.redis.hset(keys.CONTACT, "since", 0)  # Redis has long been there
     await worker.queue.claim(worker.id, 8)  # its lease ran out
     assert await store.redis.zrange(keys.LEASES, 0, -1) == [b"a"]
     assert not await store.redis.exists(keys.session("b"))
