@@ -11,7 +11,7 @@ import pytest
 from tests.stack import ROOT, clean_environment
 
 SECONDS = 20
-SMALL = ["--clients=8", "--cases=8", "--tokens=120", "--gateways=2", "--workers=2"]
+SMALL = ["--clients=8", "--cases=8", "--tokens=120", "--gateways=2", "--workers=2", "--pace=30"]
 
 
 @pytest.mark.timeout(400)  # a stack, and what it makes of a busy machine
