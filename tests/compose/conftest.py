@@ -22,7 +22,7 @@ if not os.environ.get("COMPOSE_STAGE"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test time for containers to start."""
     for item in items:
-        item.add_marker(pytest.mark.timeout(600))
+        item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")

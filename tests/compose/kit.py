@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
+import psutil
 
 from clients.python.unbroken_transport import ResumingTransport
 from tests.media_samples import encode, picture
@@ -30,6 +35,11 @@ PROMPTS: list[Any] = [
 ]
 
 
+def say(what: str) -> None:
+    """Tell how far a long test is, and when."""
+    print(f"\n{time.strftime('%H:%M:%S', time.gmtime())} {what}", flush=True)
+
+
 def docker(*argv: str, env: dict[str, str] | None = None, seconds: float = 120) -> str:
     """Run a docker command; returns what it printed, fails with what it complained of."""
     done = subprocess.run(
@@ -37,6 +47,11 @@ def docker(*argv: str, env: dict[str, str] | None = None, seconds: float = 120) 
     )
     assert done.returncode == 0, f"docker {' '.join(argv)}\n{done.stdout}{done.stderr}"[-6000:]
     return done.stdout
+
+
+def docker_succeeds(*argv: str) -> bool:
+    """Tell whether a docker command ends with 0."""
+    return subprocess.run(["docker", *argv], capture_output=True, timeout=120).returncode == 0
 
 
 class Compose:
@@ -67,19 +82,36 @@ class Compose:
         form = "--format={{.State.Pid}}"
         return [int(pid) for pid in docker("inspect", form, *self.containers(service)).split()]
 
+    def program(self, container: str) -> psutil.Process:
+        """Return the program that a container's init runs."""
+        init = int(docker("inspect", "--format={{.State.Pid}}", container))
+        return psutil.Process(init).children()[0]
+
+    def cancel(self, session: str) -> None:
+        """Cancel a session."""
+        asked = urllib.request.Request(f"{self.url}/v1/cancel/{session}", method="POST")
+        urllib.request.urlopen(asked, timeout=60).close()
+
+    def gateways_in_use(self) -> int:
+        """Return how many gateways the proxy gives requests to."""
+        [proxy] = self.containers("proxy")
+        told = docker("exec", proxy, "wget", "-q", "-O-", "http://127.0.0.1:8405/metrics")
+        up = r'^haproxy_server_status\{proxy="gateways",server="[^"]+",state="UP"\} 1$'
+        return len(re.findall(up, told, re.MULTILINE))
+
     def health(self, container: str) -> str:
         """Return what Docker says of a container: running or not, healthy or not."""
         form = "--format={{.State.Status}} {{if .State.Health}}{{.State.Health.Status}}{{end}}"
         return docker("inspect", form, container).strip()
 
+    def healthy(self, service: str, count: int) -> bool:
+        """Tell whether so many containers of a service are healthy, and no other one runs."""
+        found = [self.health(container) for container in self.containers(service)]
+        return found == ["running healthy"] * count
+
     def wait_healthy(self, service: str, count: int) -> None:
         """Wait until so many containers of a service are healthy, and no other one runs."""
-
-        def healthy() -> bool:
-            found = [self.health(c) for c in self.containers(service)]
-            return found == ["running healthy"] * count
-
-        wait_until(healthy, f"{count} healthy {service}s", 240)
+        wait_until(lambda: self.healthy(service, count), f"{count} healthy {service}s", 240)
 
     def logs(self) -> str:
         """Return the ends of all logs."""
@@ -89,18 +121,29 @@ class Compose:
 class Load:
     """Clients of the OpenAI SDK over the resuming transport, one after another per thread.
 
+    What nobody has begun to answer (a 5xx) the SDK asks again by itself.
+
     Args:
         url: of the proxy.
         expected: the undisturbed text of each prompt; empty to find it out.
-        threads: how many streams at once.
-        rounds: generations per thread; None for as many as there is time for until `stop`.
+        threads: how many generations at once.
+        rounds: generations per thread; None for as many as there is time for until the block ends.
+        whole: how many of the threads ask for whole completions, which no transport can resume.
+        retries: how often the SDK asks again; 2 is its own default.
     """
 
     def __init__(
-        self, url: str, expected: dict[int, str], threads: int = 6, rounds: int | None = None
+        self,
+        url: str,
+        expected: dict[int, str],
+        threads: int = 6,
+        rounds: int | None = None,
+        whole: int = 0,
+        retries: int = 2,
     ) -> None:
         self.expected, self.finished, self.chunks = expected, 0, [0] * threads
         self.wrong: list[str] = []
+        self._whole, self._retries = whole, retries
         self._url, self._rounds, self._end = url, rounds, threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
 
@@ -117,15 +160,20 @@ class Load:
         assert not any(thread.is_alive() for thread in self._threads), "a stream never ended"
         assert not self.wrong, self.wrong[:3]
 
+    def wait(self, holds: Callable[[], Any], what: str, seconds: float = 300) -> None:
+        """Wait until something holds; fails at once where a client has seen a fault."""
+
+        def held() -> Any:
+            assert not self.wrong, self.wrong[:3]
+            return holds()
+
+        wait_until(held, what, seconds)
+
     def wait_flowing(self, more: int = 20) -> None:
         """Wait until each stream has got so many chunks more than now."""
         goal = [count + more for count in self.chunks]
-
-        def flowing() -> bool:
-            assert not self.wrong, self.wrong[:3]
-            return all(count >= least for count, least in zip(self.chunks, goal, strict=True))
-
-        wait_until(flowing, "all streams flow", 150)
+        flowing = lambda: all(n >= least for n, least in zip(self.chunks, goal, strict=True))  # noqa: E731
+        self.wait(flowing, "all streams flow")
 
     def _run(self, number: int) -> None:
         done = 0
@@ -133,8 +181,8 @@ class Load:
         client = openai.OpenAI(
             base_url=f"{self._url}/v1",
             api_key="none",
-            max_retries=0,
-            http_client=httpx2.Client(transport=transport, timeout=60),
+            max_retries=self._retries,
+            http_client=httpx2.Client(transport=transport, timeout=240),
         )
         with client:
             while not self._end.is_set() and done != self._rounds:
@@ -150,6 +198,8 @@ class Load:
                 self.finished += 1
 
     def _generate(self, client: openai.OpenAI, number: int, index: int) -> str:
+        if number < self._whole:
+            return self._complete(client, number, index)
         text, tokens = "", 0
         for chunk in client.chat.completions.create(**request(index)):
             self.chunks[number] += 1
@@ -160,6 +210,14 @@ class Load:
                 tokens = chunk.usage.completion_tokens
         assert tokens == TOKENS, f"{tokens} tokens"
         return text
+
+    def _complete(self, client: openai.OpenAI, number: int, index: int) -> str:
+        asked = request(index)
+        del asked["stream"], asked["stream_options"]
+        completion = client.chat.completions.create(**asked)
+        self.chunks[number] += completion.usage.completion_tokens
+        message = completion.choices[0].message.model_dump()
+        return (message.get("reasoning_content") or "") + (message.get("content") or "")
 
 
 def request(index: int, tokens: int = TOKENS) -> dict[str, Any]:

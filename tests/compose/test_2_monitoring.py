@@ -48,14 +48,14 @@ def test_prometheus_finds_all_parts(compose: Compose, expected) -> None:
             up = sorted(t["labels"]["job"] for t in active if t["health"] == "up")
             return up == ["gateway", "gateway", "proxy", "worker", "worker"]
 
-        wait_until(found, "all targets are up", 60)
+        wait_until(found, "all targets are up", 180)
 
         def empty() -> list[str]:
             asked = [q.replace("$__rate_interval", "1m") for q in dashboard()]
             answers = {q: ask("query", query=q)["result"] for q in asked}  # a wrong one is a 400
             return [q for q, found in answers.items() if not found and "[1m]" not in q]
 
-        wait_until(lambda: not empty(), "each gauge of the dashboard has a value", 60)
+        wait_until(lambda: not empty(), "each gauge of the dashboard has a value", 180)
         assert [a for a in ask("alerts")["alerts"] if a["state"] == "firing"] == []
     finally:
         compose("--profile=monitoring", "rm", "--stop", "--force", "prometheus")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
-from tests.compose.kit import ENDED_BY_ITSELF, Compose, Load, docker
-from tests.stack import ROOT, wait_until
+import pytest
+
+from tests.compose.kit import ENDED_BY_ITSELF, Compose, Load, PlainStream, docker, say
+from tests.stack import ROOT
 
 
 def roll(compose: Compose, service: str) -> str:
@@ -19,7 +24,7 @@ def roll(compose: Compose, service: str) -> str:
         env=compose.env,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -27,7 +32,7 @@ def roll(compose: Compose, service: str) -> str:
 
 def scale(compose: Compose, service: str, count: int) -> None:
     argv = ["up", "--detach", "--wait", "--no-build", "--no-recreate", "--no-deps"]
-    compose(*argv, f"--scale={service}={count}", service, seconds=240)
+    compose(*argv, f"--scale={service}={count}", service, seconds=400)
 
 
 @contextlib.contextmanager
@@ -42,6 +47,20 @@ def autoscaled(compose: Compose, *argv: str) -> Iterator[None]:
         process.wait(60)
 
 
+@contextlib.contextmanager
+def backlog(compose: Compose, sessions: int) -> Iterator[list[str]]:
+    """Leave more work than the workers have room for, until the end of the block."""
+    ids: list[str] = []
+    try:
+        for _ in range(sessions):
+            stream = PlainStream(compose.url, tokens=3000).read(events=1)
+            ids.append(stream.ids[0].partition(":")[0])
+        yield ids
+    finally:
+        for session in ids:
+            compose.cancel(session)
+
+
 def served_by(compose: Compose) -> dict[str, int]:
     """Return, for each gateway, how many ready workers it knows of."""
     found = {}
@@ -52,56 +71,64 @@ def served_by(compose: Compose) -> dict[str, int]:
 
 
 def test_scaling_up_and_down_under_load(compose: Compose, expected) -> None:
-    """New gateways and workers are used at once; those taken away are not missed."""
-    with Load(compose.url, expected, threads=6) as load:
+    """New gateways and workers are used at once; those taken away are not missed.
+
+    Workers are started since sessions wait, and stopped since none has for a while.
+    """
+    with Load(compose.url, expected, threads=4, whole=2) as load:
         load.wait_flowing()
         scale(compose, "gateway", 3)
-        with autoscaled(compose, "--min=3"):
-            compose.wait_healthy("worker", 3)
-        wait_until(
-            lambda: set(served_by(compose).values()) == {3}, "three gateways see three workers"
-        )
-        wait_until(lambda: len(connections(compose)) == 3, "the proxy uses the third gateway", 120)
+        say("three gateways")
+        load.wait(lambda: compose.gateways_in_use() == 3, "the proxy uses the third gateway")
+        with (
+            backlog(compose, sessions=16) as waiting,
+            autoscaled(compose, "--per-worker=4", "--max=3"),
+        ):
+            load.wait(lambda: compose.healthy("worker", 3), "a third worker")
+            say(f"three workers for {len(waiting)} more sessions")
+            load.wait(
+                lambda: set(served_by(compose).values()) == {3}, "three gateways see three workers"
+            )
         load.wait_flowing()
-        with autoscaled(compose, "--min=1", "--patience=0"):
-            compose.wait_healthy("worker", 1)
+        with autoscaled(compose, "--patience=2"):
+            load.wait(lambda: compose.healthy("worker", 1), "one worker")
+        say("one worker")
         scale(compose, "gateway", 1)
+        say("one gateway")
+        load.wait(lambda: compose.gateways_in_use() == 1, "the proxy forgets two gateways")
         load.wait_flowing()
         scale(compose, "worker", 2)
         scale(compose, "gateway", 2)
         load.wait_flowing()
-    assert load.finished
-
-
-def connections(compose: Compose) -> set[str]:
-    """Return the gateways that hold an established connection on their port now."""
-    busy = set()
-    for container in compose.containers("gateway"):
-        table = docker("exec", container, "cat", "/proc/net/tcp").splitlines()[1:]
-        rows = [line.split() for line in table]
-        local = [row for row in rows if row[1].endswith(":0BB8") and row[3] == "01"]
-        if local:
-            busy.add(container)
-    return busy
+        say(f"two of each again; {load.finished} generations meanwhile, each whole")
 
 
 def test_a_rolling_restart_under_load_loses_nothing(compose: Compose, expected) -> None:
     """All gateways, then all workers are replaced; every stream of that time has its whole text."""
     before = {*compose.containers("gateway"), *compose.containers("worker")}
-    with Load(compose.url, expected, threads=6) as load:
+    with Load(compose.url, expected, threads=6, whole=2) as load:
         load.wait_flowing()
         roll(compose, "gateway")
+        say("gateways replaced")
         load.wait_flowing()
         roll(compose, "worker")
+        say("workers replaced")
         load.wait_flowing()
     after = {*compose.containers("gateway"), *compose.containers("worker")}
-    assert len(after) == 4
+    assert len(after) == len(before)
     assert not before & after
-    print(f"\n{load.finished} streams during the rolling restart, each whole")
+    say(f"{load.finished} generations during the rolling restart, each whole")
 
 
 def test_taking_it_down_ends_everything_in_time(compose: Compose) -> None:
     """`docker compose down` needs no SIGKILL: every program ends by itself."""
+    compose("stop", "gateway")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{compose.url}/v1/models", timeout=30)
+    assert refused.value.code == 503
+    assert json.load(refused.value)["error"]["code"] == "unavailable"
+    assert refused.value.headers["retry-after"]
+    compose("start", "gateway")
     names = [c for s in ("proxy", "gateway", "worker", "redis") for c in compose.containers(s)]
     compose("stop")
     codes = {c: docker("inspect", "--format={{.Name}} {{.State.ExitCode}}", c) for c in names}
