@@ -100,9 +100,10 @@ class Compose:
         return len(re.findall(up, told, re.MULTILINE))
 
     def health(self, container: str) -> str:
-        """Return what Docker says of a container: running or not, healthy or not."""
+        """Return what Docker says of a container: running or not, healthy or not, or nothing."""
         form = "--format={{.State.Status}} {{if .State.Health}}{{.State.Health.Status}}{{end}}"
-        return docker("inspect", form, container).strip()
+        asked = ["docker", "inspect", form, container]  # it may have been removed meanwhile
+        return subprocess.run(asked, capture_output=True, text=True, timeout=120).stdout.strip()
 
     def healthy(self, service: str, count: int) -> bool:
         """Tell whether so many containers of a service are healthy, and no other one runs."""
