@@ -9,6 +9,7 @@ import pytest
 
 from shared.protocol import SamplingParams
 from tests.engine_kit import CONTEXT, GREEDY, Driver, config, image_prompt, oracle, text_prompt
+from worker.engine import prefix_cache
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadError, load
 from worker.engine.messages import Cancel, Limits, Prompt
@@ -237,3 +238,21 @@ def test_a_row_of_nans_is_not_kept(exact):
     driver.drain()
     assert driver.last(2).cached_tokens == 0
     assert driver.ids(2) == oracle(exact, good)
+
+
+def test_a_look_up_costs_the_same_however_much_is_kept(exact, monkeypatch):
+    """Of two dozen ended conversations, only the one that begins alike is compared."""
+    driver = start(exact, Limits(prefix_bytes=2**26))
+    one = SamplingParams(temperature=0, max_tokens=1)
+    for handle in range(24):
+        driver.add(handle, text_prompt(40, handle), one)
+    driver.drain()
+    compared = []
+    usable = prefix_cache._usable
+    monkeypatch.setattr(
+        prefix_cache, "_usable", lambda *args: compared.append(args) or usable(*args)
+    )
+    driver.add(24, longer(text_prompt(40, 13), [5, 6]), one)
+    driver.drain()
+    assert driver.last(24).cached_tokens == 40
+    assert len(compared) == 1

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from worker.engine.kv_cache import SlotCache
+from worker.engine.prefix_index import BLOCK, PrefixIndex
 from worker.engine.sequence import Sequence
 
 log = logging.getLogger("unbroken.engine")
 
-LEAST = 16  # tokens; fewer are computed as fast as they are looked up
+LEAST = BLOCK  # tokens; fewer are computed as fast as they are looked up
 
 Ids = npt.NDArray[np.int64]
 
@@ -55,6 +56,7 @@ class PrefixCache:
     def __init__(self, cache: SlotCache, max_bytes: int) -> None:
         self._cache, self._max_bytes = cache, max_bytes
         self._stored: OrderedDict[int, _Stored] = OrderedDict()
+        self._index = PrefixIndex()
         self._bytes = 0
 
     @property
@@ -68,12 +70,11 @@ class PrefixCache:
         if not self._max_bytes:
             return
         ids = _ids(sequence, sequence.target)
-        best, source = LEAST - 1, None
-        for key, stored in self._stored.items():
+        best, source, row = LEAST - 1, self._index.longest(ids, _known(sequence)), None
+        if source is not None:
+            stored = self._stored[source]
             count = _usable(sequence, ids, stored.ids, stored.media, stored.head)
-            if count > best:
-                best, source = count, key
-        row = None
+            best, source = (count, source) if count > best else (best, None)
         for other in live:
             if other is not sequence:
                 count = _usable(sequence, ids, _ids(other, other.length), *_media(other))
@@ -108,20 +109,8 @@ class PrefixCache:
         ids, (media, head) = _ids(sequence, sequence.length), _media(sequence)
         if sequence.head and not media:
             return
-        for key, old in list(self._stored.items()):
-            if (
-                len(old.ids) <= len(ids)
-                and old.media == media
-                and (old.ids == ids[: len(old.ids)]).all()
-            ):
-                self._drop(key)
-            elif (
-                len(old.ids) >= len(ids)
-                and old.media == media
-                and (ids == old.ids[: len(ids)]).all()
-            ):
-                self._stored.move_to_end(key)
-                return
+        if self._has(ids, media):
+            return
         while self._bytes + size > self._max_bytes:
             self._drop(next(iter(self._stored)))
         try:
@@ -133,14 +122,35 @@ class PrefixCache:
             return
         stored = _Stored(ids, media, head, sequence.rope_delta, layers)
         self._stored[sequence.handle] = stored
+        self._index.add(sequence.handle, ids, media)
         self._bytes += stored.size
 
+    def _has(self, ids: Ids, media: str) -> bool:
+        """Whether one that is kept begins with these tokens; those that they begin with go."""
+        for key in self._index.continuations(ids, media):
+            old = self._stored[key]
+            if old.media == media and np.array_equal(old.ids[: len(ids)], ids):
+                self._stored.move_to_end(key)
+                return True
+        for key in self._index.beginnings(ids, media):
+            old = self._stored[key]
+            if old.media == media and np.array_equal(old.ids, ids[: len(old.ids)]):
+                self._drop(key)
+        return False
+
     def _drop(self, key: int) -> None:
-        self._bytes -= self._stored.pop(key).size
+        stored = self._stored.pop(key)
+        self._index.remove(key, stored.ids, stored.media)
+        self._bytes -= stored.size
 
 
 def _ids(sequence: Sequence, count: int) -> Ids:
     return np.array(sequence.tokens(0, count), dtype=np.int64)
+
+
+def _known(sequence: Sequence) -> str:
+    """Return what a kept row must have been made with, to be of use to a sequence."""
+    return sequence.prompt.media if sequence.head else ""
 
 
 def _media(sequence: Sequence) -> tuple[str, int]:
