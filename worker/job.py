@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.job")
 
 CLAIMS_PER_ATTEMPT = 4
-"""A session is given up after so many more claims than attempts: what kills a worker before its
-engine begins leaves no other trace."""
+"""So many claims count as an attempt, since a worker may die before its engine has begun."""
 
 FREE_CLAIMS = 2
 """A session that has been claimed more often, without a new token, is tried alone."""
