@@ -159,19 +159,20 @@ def test_a_required_call_is_one_of_the_functions(engine, parallel):
     """Names are of the request, arguments follow their schema, and the reason is `tool_calls`."""
     called = calls(parallel=parallel)
     work = [
-        (prompt(called, s, thinking=True), sampling(seed=s, thinking_budget=2)) for s in range(12)
+        (prompt(called, s, thinking=True), sampling(seed=s, thinking_budget=2, max_tokens=150))
+        for s in range(6)
     ]
     driver = run(engine, *work)
     most = 0
-    for handle in range(1, 13):
+    for handle in range(1, 7):
         last = driver.last(handle)
         made: dict[int, list[str]] = {}
         for piece in (p for o in driver.said[handle] for p in o.pieces):
             if piece.call:
                 made.setdefault(piece.call.index, [piece.call.name, ""])[1] += piece.text
         most = max(most, len(made))
-        assert content(driver, handle) == ""
-        assert last.finish == ("tool_calls" if last.completion_tokens < 250 else "length")
+        assert last.finish == "length" or content(driver, handle) == ""
+        assert last.finish == ("tool_calls" if last.completion_tokens < 150 else "length")
         for name, arguments in list(made.values())[: None if last.finish == "tool_calls" else -1]:
             assert name in ("look", "now")
             jsonschema.validate(json.loads(arguments), ONE)
