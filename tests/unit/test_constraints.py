@@ -18,7 +18,7 @@ from worker.engine.loader import load
 from worker.engine.messages import AnswerForm
 from worker.forms import FormChecker
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)  # two hundred answers: minutes where others compute too
 
 ONE = {
     "type": "object",
@@ -124,10 +124,10 @@ def test_two_hundred_random_schemas_are_followed(engine):
 def test_a_row_says_the_same_alone_and_in_a_batch(engine, loaded):
     """Other rows with other schemas, or with none, change nothing."""
     works = [
-        (prompt(form(), 1, thinking=True), sampling(thinking_budget=5)),
-        (prompt(calls(), 2), sampling(temperature=0)),
-        (prompt(None, 3), sampling(max_tokens=40)),
-        (prompt(form({"type": "array", "items": ONE, "maxItems": 2}), 4), sampling()),
+        (prompt(form(), 1, thinking=True), sampling(thinking_budget=5, max_tokens=60)),
+        (prompt(calls(), 2), sampling(temperature=0, max_tokens=60)),
+        (prompt(None, 3), sampling(max_tokens=30)),
+        (prompt(form({"type": "array", "items": ONE}), 4), sampling(max_tokens=60)),
     ]
     together = run(engine, *works)
     for handle, work in enumerate(works, 1):
@@ -137,8 +137,8 @@ def test_a_row_says_the_same_alone_and_in_a_batch(engine, loaded):
 def test_a_sequence_continues_from_any_seam(engine):
     """Whatever part of it a successor knows, its tokens and its text go on as they would have."""
     for work in (
-        (prompt(form(), 7, thinking=True), sampling(thinking_budget=5)),
-        (prompt(calls(), 8, thinking=True), sampling(thinking_budget=3)),
+        (prompt(form(), 7, thinking=True), sampling(thinking_budget=5, max_tokens=70)),
+        (prompt(calls(), 8, thinking=True), sampling(thinking_budget=3, max_tokens=70)),
     ):
         whole = run(engine, work)
         ids = whole.ids(1)
@@ -146,6 +146,7 @@ def test_a_sequence_continues_from_any_seam(engine):
         for output in whole.said[1]:
             count += sum(len(piece.ids) for piece in output.pieces)
             seams.append(count)
+        seams = [*seams[:8], *seams[8::5]]  # within the thought, its end, and behind
         again = run(engine, *[(*work, ids[:seam]) for seam in seams])
         for handle, seam in enumerate(seams, 1):
             assert again.ids(handle) == ids[seam:], seam
