@@ -43,7 +43,7 @@ def test_strict_validation_streamed_whole_and_for_each_choice(stack):
         with client.chat.completions.stream(**request) as stream:
             for _event in stream:
                 pass
-            joined = stream.get_final_completion()
+            joined = stream.current_completion_snapshot
         plain = client.chat.completions.create(**{**request, "logprobs": None, "top_logprobs": 0})
     for choice in whole.choices:
         found = entries(choice)
