@@ -57,3 +57,20 @@ def test_the_worker_counts_what_it_did(stack):
     assert 0 <= total(scrape(url), "vllm:kv_cache_usage_perc", {}) <= 1
     for state in ("running", "waiting"):
         assert grown(f"vllm:num_requests_{state}") == 0
+
+
+def test_the_status_tells_how_busy_the_worker_is(stack):
+    """Tokens a second and the share of the cache rise with a generation, and fall behind it."""
+    body = {**HELLO, "max_tokens": 3000, "ignore_eos": True, "stream": True, "session_id": "busy"}
+    with httpx.Client(base_url=stack.url, timeout=30, trust_env=False) as client:
+
+        def load():
+            [worker] = client.get("/v1/status").json()["workers"]
+            return worker["tokens_per_second"], worker["cache_usage"]
+
+        with client.stream("POST", "/v1/chat/completions", json=body):
+            rate, cache = wait_until(lambda: all(now := load()) and now, "busy")
+            assert 0 < rate < 100_000
+            assert 0 < cache < 1
+            client.post("/v1/cancel/busy")
+        wait_until(lambda: load() == (0, 0), "idle")
