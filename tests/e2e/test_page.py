@@ -293,6 +293,8 @@ async def fits(page):
     )
     assert wide == []
     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    within = "(chat => chat.scrollWidth <= chat.clientWidth)(document.querySelector('main'))"
+    assert await page.evaluate(within)  # a word that is too long is no box
 
 
 async def faint(page):
