@@ -36,6 +36,9 @@ ROLES = {
     "tool": "tool",
 }
 Body = TypeVar("Body", bound=BaseModel)
+MAX_BIASES = 1024
+"""Entries of `logit_bias`: each costs every step of the batch that the request is in."""
+
 SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -255,6 +258,10 @@ def sampling(
 
 
 def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
+    if len(raw) > MAX_BIASES:
+        raise UnbrokenError(
+            "invalid_value", f"'logit_bias' has more than {MAX_BIASES} entries.", "logit_bias"
+        )
     if not all(re.fullmatch(r"[0-9]{1,9}", k) and -100 <= v <= 100 for k, v in raw.items()):
         raise UnbrokenError(
             "invalid_value",

@@ -135,11 +135,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.structs.replace(self.sampling, seed=self.sampling.seed + choice)
 
     def digest(self) -> str:
-        """Identify the request's meaning: equal for equal requests, whatever the body's key order (but
-        in JSON schemas, where it is part of the answer).
+        """Identify the request's meaning: equal for equal requests, whatever the body's key order.
 
-        The hex SHA-256 of the canonical encoding. The caller passes the request before a random
-        seed was drawn for it, so that a retry of the same body has the same digest.
+        Within JSON schemas the order counts: the answer follows it. The hex SHA-256 of the
+        canonical encoding. The caller passes the request before a random seed was drawn for it, so
+        that a retry of the same body has the same digest.
         """
         plain = msgspec.to_builtins(self, str_keys=True)  # sorts keys of strings only
         return hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()

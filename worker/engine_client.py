@@ -251,7 +251,7 @@ class EngineClient:
             self._on_step(report)
         elif isinstance(report, Busy):
             self._suspects = frozenset(report.handles)
-            self._admitted.update(report.handles)
+            self._admitted.update(h for h in report.handles if h in self._sinks)
             for handle in report.handles:
                 self._on_begin.pop(handle, _nobody_asks)()
         elif isinstance(report, Loading):

@@ -50,8 +50,9 @@ async def hand_over(
         lasts = await _lasts(queue, [*under_way, *going])
         for session_id in going:
             given.add(session_id)
-            under_way[session_id] = lasts.get(session_id, 0), time.monotonic()
-            jobs[session_id].hand_over()
+            if job := jobs.get(session_id):  # None: it ended while Redis was asked
+                under_way[session_id] = lasts.get(session_id, 0), time.monotonic()
+                job.hand_over()
         if not under_way and not left:
             return
         await asyncio.sleep(LOOK_SECONDS)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.publisher")
 
 MAX_BACKOFF = 1.0
-NO_IDS = re.compile(rb'\["[dp]",\d+,\[\],')
-"""A delta whose token stands in the next one: the two go out together, or a successor would draw
-the token again behind half of its text."""
+NO_IDS = re.compile(rb'\["[dpt]",\d+,\[\],')
+"""A delta, of text or of a call, whose token stands in the next one: the two go out together, or a
+successor would draw the token again behind half of its text."""
 
 BATCH_EVENTS = 256
 """Events of one session in one append: what gathered while Redis was away goes out in pieces."""

@@ -223,6 +223,29 @@ async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, 
     assert sum(lease.startswith(b"old") for lease in taken) == 2  # for want of room elsewhere
 
 
+async def test_a_session_that_ends_while_it_is_to_be_handed_over_has_ended(make, log, monkeypatch):
+    """A stopping worker that asks Redis how far a session is may find that it ended meanwhile."""
+    worker = make()
+    worker.engine.going.clear()
+    worker.start()
+    await submit(worker.queue, "s")
+    while not worker.engine.running:
+        await asyncio.sleep(0.01)
+    ask = worker.queue.lasts
+
+    async def ask_slowly(session_ids):
+        worker.engine.going.set()
+        while worker.consumer.running:
+            await asyncio.sleep(0.01)
+        return await ask(session_ids)
+
+    monkeypatch.setattr(worker.queue, "lasts", ask_slowly)
+    monkeypatch.setattr(handover, "REDIS_SECONDS", 20)
+    await worker.consumer.drain(20, [4])
+    record, text = await ended(log, "s")
+    assert (record.status, text) == ("finished", WHOLE)
+
+
 async def test_a_drain_ends_jobs_that_swallow_a_cancellation(make, log, store):
     """A job that is caught where redis-py swallows it costs a second, and its session is free."""
     worker, swallowed = make(), asyncio.Event()

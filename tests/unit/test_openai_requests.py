@@ -104,6 +104,7 @@ def test_the_digest_is_of_the_meaning():
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"session_id": "a:b"}, "session_id"),

@@ -6,6 +6,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.protocol import (
+    CallDelta,
     Delta,
     Finished,
     GenerationRequest,
@@ -88,7 +89,8 @@ async def texts(log, session_id):
         after = page[-1].index
     assert [e.index for e in entries] == list(range(len(entries)))
     events = [decode_event(e.data) for e in entries]
-    return [e.text for e in events if isinstance(e, Delta)]
+    texts = (getattr(e, "text", getattr(e, "arguments", None)) for e in events)
+    return [text for text in texts if text is not None]
 
 
 @pytest.mark.parametrize("fault", ["lose_calls", "lose_replies", "break_calls"])
@@ -134,13 +136,14 @@ async def test_a_fenced_session_is_lost_and_the_others_go_on(log, publisher, cla
     assert mine.session_id == "a"
 
 
-async def test_a_backlog_is_not_cut_inside_a_token(log, publisher, claim):
-    """A delta without ids goes out with the one that holds its token."""
+@pytest.mark.parametrize("event", [Delta(0, (), "-1 "), CallDelta(0, (), 0, "-1 ")])
+async def test_a_backlog_is_not_cut_inside_a_token(log, publisher, claim, event):
+    """A delta without ids, of text or of a call, goes out with the one that holds its token."""
     [mine] = await claim("a")
     writer = publisher.open(mine, 1, lambda: None)
     for n in range(BATCH_EVENTS - 1):
         writer.write(delta(n))
-    writer.write(delta(-1, ids=()))  # would be the last of a full batch
+    writer.write(event)  # would be the last of a full batch
     writer.write(delta(-2))
     writer.write(delta(-3))
     assert len(writer.batch().events) == BATCH_EVENTS - 1
