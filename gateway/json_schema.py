@@ -6,17 +6,21 @@ What needs the grammar's compiler is checked by the worker, in a process that ma
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import UnbrokenError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_CHARACTERS = 65536
 MAX_DEPTH = 32
 MAX_NODES = 2000
 """Objects and lists in a schema. With 2,000 properties the compiler takes 0.1 s, with 5,000 4 s."""
 
-PASSES = 32
-"""How often a schema is gone over to see whether it ends; one that is still not clear may pass."""
+MAX_ALL_CHARACTERS = 8 * MAX_CHARACTERS
+MAX_ALL_NODES = 8 * MAX_NODES
+"""What all schemas of a request, and what it says of them, may have together."""
 
 MAX_ENUM = 1000
 
@@ -24,15 +28,41 @@ WHITESPACE = r"\n?[ ]{0,16}"
 """Between two tokens of JSON: enough to indent, and not so much that a model loses itself in it."""
 
 OPTIONS = {"whitespace_pattern": WHITESPACE}
-"""How the compiler (llguidance) shall read the schema, whatever the client says of it."""
+"""How the compiler (llguidance) shall read a schema; a client has no say in it."""
 
 
-def parse_format(given: Any, where: str = "response_format") -> str:
+class SchemaBudget:
+    """What the schemas of one request may still have together, and the texts beside them."""
+
+    def __init__(self) -> None:
+        self.nodes = MAX_ALL_NODES
+        self.characters = MAX_ALL_CHARACTERS
+
+    def spend(self, where: str, *, characters: int, nodes: int = 0) -> None:
+        """Count what stands at `where`.
+
+        Raises:
+            UnbrokenError: `invalid_value`, where it is more than is left.
+        """
+        self.nodes -= nodes
+        self.characters -= characters
+        if self.nodes < 0:
+            raise _wrong(where, f"makes more than {MAX_ALL_NODES} parts in all schemas together")
+        if self.characters < 0:
+            raise _wrong(
+                where, f"makes more than {MAX_ALL_CHARACTERS} characters in all schemas together"
+            )
+
+
+def parse_format(
+    given: Any, where: str = "response_format", budget: SchemaBudget | None = None
+) -> str:
     """Return the JSON text of the schema that the answer has to follow; empty for any text.
 
     Args:
         given: the request's `response_format`.
         where: its name, for errors.
+        budget: what the request's schemas may have together.
 
     Raises:
         UnbrokenError: a 400 that names the parameter at fault.
@@ -43,7 +73,7 @@ def parse_format(given: Any, where: str = "response_format") -> str:
     if kind == "text":
         return ""
     if kind == "json_object":
-        return check_schema({"type": "object"}, where)
+        return check_schema({"type": "object"}, where, budget)
     if kind != "json_schema":
         raise _wrong(where, "must be of type 'text', 'json_object' or 'json_schema'")
     flat = where != "response_format"  # the Responses API has no object of its own for it
@@ -54,22 +84,21 @@ def parse_format(given: Any, where: str = "response_format") -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise _wrong(path, "must be a JSON Schema")
-    return check_schema(schema, path)
+    return check_schema(schema, path, budget)
 
 
-def check_schema(schema: dict[str, Any], where: str) -> str:
+def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None = None) -> str:
     """Return a schema's JSON text, as the worker's compiler takes it.
 
     Raises:
-        UnbrokenError: `invalid_value`, where it is too large or too deep, or where no finite
-            document follows it because it contains itself.
+        UnbrokenError: `invalid_value`, where it is too large (alone, or for the request's budget)
+            or too deep, or where no finite document follows it because it contains itself.
     """
     nodes = _count(schema, where)
-    if nodes > MAX_NODES:
-        raise _wrong(where, f"has more than {MAX_NODES} parts")
     text = json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_CHARACTERS:
         raise _wrong(where, f"has more than {MAX_CHARACTERS} characters")
+    (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))
     if not _ends(schema):
         raise _wrong(where, "contains itself without an end")
     return text
@@ -80,16 +109,18 @@ def _wrong(where: str, why: str) -> UnbrokenError:
 
 
 def _count(schema: Any, where: str) -> int:
-    """Count objects and lists; refuse what is too deep, and options of the compiler within."""
+    """Count objects and lists; refuse too many, too deep ones, and options of the compiler."""
     level, nodes, depth = [schema], 0, 0
     while level:
         nodes, depth = nodes + len(level), depth + 1
+        if nodes > MAX_NODES:
+            raise _wrong(where, f"has more than {MAX_NODES} parts")
         if depth > 2 * MAX_DEPTH:  # a property takes two levels
             raise _wrong(where, f"is nested more than {MAX_DEPTH} deep")
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
-                if node is not schema and "x-guidance" in node:
+                if "x-guidance" in node:
                     raise _wrong(where, "has 'x-guidance', which is not supported")
                 below += node.values()
                 values = node.get("enum")
@@ -101,24 +132,37 @@ def _count(schema: Any, where: str) -> int:
     return nodes
 
 
+class _Gate:
+    """A condition that opens once `needs` of those before it have opened."""
+
+    __slots__ = ("behind", "needs")
+
+    def __init__(self, needs: int = 0) -> None:
+        self.needs = needs
+        self.behind: list[_Gate] = []
+
+
+Gates = dict[int, _Gate]
+"""A gate for each subschema, by its `id`; it opens where a finite document follows that one."""
+
+
 def _ends(root: dict[str, Any]) -> bool:
     """Tell whether a finite document can follow the schema, as far as recursion goes.
 
-    Grows the set of subschemas that can end until it grows no more.
+    A gate is looked at once for each way that leads to it, so the time is linear.
     """
-    left = _subschemas(root)
-    ends: set[int] = set()
-    for _ in range(PASSES):
-        before = len(left)
-        for node in left:
-            if _can(node, root, ends):
-                ends.add(id(node))
-        left = [node for node in left if id(node) not in ends]
-        if id(root) in ends:
-            return True
-        if len(left) == before:
-            return False
-    return True
+    nodes = _subschemas(root)
+    gates = {id(node): _Gate() for node in nodes}
+    made: list[_Gate] = []
+    for node in nodes:
+        _require(node, root, gates, made)
+    opening = [gate for gate in (*gates.values(), *made) if gate.needs == 0]
+    while opening:
+        for gate in opening.pop().behind:
+            gate.needs -= 1
+            if gate.needs == 0:  # below: one of several alternatives, after the first
+                opening.append(gate)
+    return gates[id(root)].needs <= 0
 
 
 def _subschemas(root: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,44 +178,63 @@ def _subschemas(root: dict[str, Any]) -> list[dict[str, Any]]:
     return found[::-1]
 
 
-def _can(node: dict[str, Any], root: dict[str, Any], ends: set[int]) -> bool:
-    """Tell whether a schema can end, given those that are known to."""
+def _require(node: dict[str, Any], root: dict[str, Any], gates: Gates, made: list[_Gate]) -> None:
+    """Put a subschema's gate behind all that has to open first; lists what gates that makes."""
     if "enum" in node or "const" in node:
-        return True
-    if not _known(_target(node.get("$ref"), root), ends):
-        return False
-    for name, enough in (("allOf", all), ("anyOf", any), ("oneOf", any)):
+        return
+    gate = gates[id(node)]
+    _all(gate, [_target(node.get("$ref"), root)], gates)
+    whole = node.get("allOf")
+    _all(gate, whole if isinstance(whole, list) else [], gates)
+    for name in ("anyOf", "oneOf"):
         options = node.get(name)
-        if isinstance(options, list) and options and not enough(_known(o, ends) for o in options):
-            return False
+        if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
+            _any(gate, [gates[id(option)] for option in options], made)
     kinds = node.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if any(kind not in ("object", "array") for kind in kinds):
-        return True
-    return ("object" in kinds and _object_can(node, ends)) or (
-        "array" in kinds and _array_can(node, ends)
-    )
+        return
+    ways: list[_Gate] = []
+    for kind, needed in (("object", _in_object), ("array", _in_array)):
+        if kind in kinds:
+            ways.append(way := _Gate())
+            _all(way, needed(node), gates)
+    made += ways
+    _any(gate, ways, made)
 
 
-def _known(schema: Any, ends: set[int]) -> bool:
-    return not isinstance(schema, dict) or id(schema) in ends
+def _all(gate: _Gate, schemas: Iterable[Any], gates: Gates) -> None:
+    """Let a gate wait for each of the schemas; what is no object holds nothing up."""
+    for schema in schemas:
+        if isinstance(schema, dict):
+            gate.needs += 1
+            gates[id(schema)].behind.append(gate)
 
 
-def _object_can(node: dict[str, Any], ends: set[int]) -> bool:
+def _any(gate: _Gate, ways: list[_Gate], made: list[_Gate]) -> None:
+    """Let a gate wait for one of several; for ever, where there is none."""
+    one = _Gate(needs=1)
+    one.behind.append(gate)
+    gate.needs += 1
+    made.append(one)
+    for way in ways:
+        way.behind.append(one)
+
+
+def _in_object(node: dict[str, Any]) -> Iterable[Any]:
     required, properties = node.get("required"), node.get("properties")
     properties = properties if isinstance(properties, dict) else {}
     names = required if isinstance(required, list) else []
     rest = node.get("additionalProperties")
-    return all(_known(properties.get(name, rest), ends) for name in names if isinstance(name, str))
+    return [properties.get(name, rest) for name in names if isinstance(name, str)]
 
 
-def _array_can(node: dict[str, Any], ends: set[int]) -> bool:
+def _in_array(node: dict[str, Any]) -> Iterable[Any]:
     least = node.get("minItems")
     least = least if isinstance(least, int) else 0
     first = node.get("prefixItems")
     first = first if isinstance(first, list) else []
-    needed = [*first[:least], *([node.get("items")] if least > len(first) else [])]
-    return all(_known(item, ends) for item in needed)
+    return [*first[:least], *([node.get("items")] if least > len(first) else [])]
 
 
 def _target(ref: Any, root: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.content import content_part
 from gateway.fit import silent
-from gateway.json_schema import parse_format
+from gateway.json_schema import SchemaBudget, parse_format
 from gateway.reasoning import thinking_budget
 from gateway.sse import SESSION_ID
 from gateway.tools import parse_calls, parse_tools
@@ -168,14 +168,15 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     _refuse_unsupported(body)
     chat = validate(ChatCompletionRequest, body)
     max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
+    budget = SchemaBudget()
     generation = GenerationRequest(
         messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)),
         sampling=msgspec.structs.replace(
             sampling(chat, settings, max_tokens, chat.n or 1, chat.reasoning_effort),
             logprobs=_logprobs(chat),
         ),
-        tools=parse_tools(body),
-        schema=parse_format(chat.response_format),
+        tools=parse_tools(body, budget),
+        schema=parse_format(chat.response_format, budget=budget),
         effort=chat.reasoning_effort or "",
     )
     check_counts(generation, settings, "messages")

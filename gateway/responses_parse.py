@@ -10,7 +10,7 @@ import msgspec
 from pydantic import Field
 
 from gateway.fit import silent
-from gateway.json_schema import parse_format
+from gateway.json_schema import SchemaBudget, parse_format
 from gateway.openai import (
     ChatRequest,
     GenerationBody,
@@ -68,11 +68,12 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
         raise unsupported("background", "with 'store': false is not supported")
     max_tokens = asked.max_output_tokens or settings.max_tokens
     effort, form = _effort(body), _object(body, "text").get("format")
+    budget = SchemaBudget()
     generation = GenerationRequest(
         messages=_messages(asked),
         sampling=sampling(asked, settings, max_tokens, 1, effort),
-        tools=parse_tools(body, nested=False),
-        schema=parse_format(form, "text.format"),
+        tools=parse_tools(body, budget, nested=False),
+        schema=parse_format(form, "text.format", budget),
         effort=effort or "",
     )
     check_counts(generation, settings, "input")

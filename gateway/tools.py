@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, cast
 
-from gateway.json_schema import check_schema
+from gateway.json_schema import SchemaBudget, check_schema
 from shared.errors import UnbrokenError
 from shared.protocol import Function, ToolCall, Tools
 
@@ -15,11 +15,14 @@ MAX_FUNCTIONS = 128
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def parse_tools(body: dict[str, Any], *, nested: bool = True) -> Tools | None:
+def parse_tools(
+    body: dict[str, Any], budget: SchemaBudget, *, nested: bool = True
+) -> Tools | None:
     """Read `tools`, `tool_choice` and `parallel_tool_calls`; None where nothing may be called.
 
     Args:
         body: the request's.
+        budget: what the request's schemas may have together; descriptions count too.
         nested: whether a tool has its function in a field `function`, as in chat completions.
 
     Raises:
@@ -34,7 +37,9 @@ def parse_tools(body: dict[str, Any], *, nested: bool = True) -> Tools | None:
     parallel = body.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
         raise invalid("parallel_tool_calls", "must be true or false")
-    functions = tuple(_function(tool, f"tools[{i}]", nested=nested) for i, tool in enumerate(tools))
+    functions = tuple(
+        _function(tool, f"tools[{i}]", budget, nested=nested) for i, tool in enumerate(tools)
+    )
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
         raise invalid("tools", "has two functions of one name")
@@ -49,7 +54,7 @@ def invalid(param: str, why: str) -> UnbrokenError:
     return UnbrokenError("invalid_value", f"'{param}' {why}.", param)
 
 
-def _function(tool: Any, where: str, *, nested: bool) -> Function:
+def _function(tool: Any, where: str, budget: SchemaBudget, *, nested: bool) -> Function:
     if not isinstance(tool, dict):
         raise invalid(where, "must be an object")
     kind = tool.get("type")
@@ -68,13 +73,14 @@ def _function(tool: Any, where: str, *, nested: bool) -> Function:
     described = given.get("description")
     if described is not None and not isinstance(described, str):
         raise invalid(f"{where}.description", "must be a string")
+    budget.spend(f"{where}.description", characters=len(described or ""))
     schema = given.get("parameters")
     if schema is not None and not isinstance(schema, dict):
         raise invalid(f"{where}.parameters", "must be an object")
     schema = schema or NO_ARGUMENTS
     if schema.get("type") != "object":
         raise invalid(f"{where}.parameters", 'must be a JSON Schema of "type": "object"')
-    checked = check_schema(schema, f"{where}.parameters")  # before it is read any further
+    checked = check_schema(schema, f"{where}.parameters", budget)  # before it is read any further
     function = {"name": name, "description": described or "", "parameters": schema}
     definition = json.dumps({"type": "function", "function": function}, ensure_ascii=False)
     return Function(name, definition, checked)

@@ -100,6 +100,10 @@ def nested(depth):
             {"response_format": form({"properties": {"a": {"x-guidance": {"lenient": True}}}})},
             "response_format.json_schema.schema",
         ),
+        (
+            {"response_format": form({"x-guidance": {"lenient": True}})},
+            "response_format.json_schema.schema",
+        ),
         ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"thinking_token_budget": -1}, "thinking_token_budget"),
         ({"thinking_token_budget": 1, "thinking_budget": 2}, "thinking_token_budget"),
@@ -151,18 +155,64 @@ def test_recursion_needs_an_end():
         assert "without an end" in caught.value.message
 
 
-def test_a_schema_of_any_shape_is_judged_in_time():
-    """A chain of references in the worst order costs a fraction of a second."""
-    count = 600
+def links(count, last):
+    """Return the definitions of a chain of references, in which each needs the next."""
     defs = {
         f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}, "minItems": 1}
         for i in range(count)
     }
-    began = time.process_time()
-    for order in (defs, dict(reversed(defs.items()))):
-        last = {f"a{count}": {"type": "null"}}
-        chat(response_format=form({"$ref": "#/$defs/a0", "$defs": {**order, **last}}))
-    assert time.process_time() - began < 0.7
+    return {**defs, f"a{count}": last}
+
+
+def test_a_long_way_round_is_no_end():
+    """However far the recursion reaches, and in whatever order, none without an end passes."""
+    for order in (1, -1):
+        defs = dict([*links(300, {"$ref": "#/$defs/b0"}).items()][::order])
+        way = {f"b{i}": {"$ref": f"#/$defs/b{i + 1}"} for i in range(200)}
+        for last, ends in (({"type": "null"}, True), ({"$ref": "#/$defs/b200"}, False)):
+            schema = {"$ref": "#/$defs/a0", "$defs": {**defs, **way, "b200": last}}
+            if ends:
+                assert chat(response_format=form(schema)).generation.schema
+                continue
+            with pytest.raises(UnbrokenError, match="without an end"):
+                chat(response_format=form(schema))
+
+
+def test_a_schema_of_any_shape_is_judged_in_time():
+    """A chain of references costs as much in the worst order as in the best."""
+    times = []
+    for order in (1, -1):
+        defs = dict([*links(600, {"type": "null"}).items()][::order])
+        began = time.process_time()
+        for _ in range(5):
+            chat(response_format=form({"$ref": "#/$defs/a0", "$defs": defs}))
+        times.append(time.process_time() - began)
+    assert max(times) < 4 * min(times)
+    assert max(times) < 0.7
+
+
+WIDE = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1900)}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"parameters": WIDE}, "tools[8].function.parameters"),
+        ({"parameters": {"type": "object", "title": "x" * 65_000}}, "tools[8].function.parameters"),
+        ({"description": "x" * 65_000}, "tools[8].function.description"),
+    ],
+)
+def test_all_schemas_of_a_request_have_one_bound(fields, param):
+    """Each function may be large, but not all of them; the format counts too."""
+    few = [tool(str(n), **fields) for n in range(8)]
+    assert chat(tools=few).generation.tools
+    with pytest.raises(UnbrokenError) as caught:
+        chat(tools=[*few, tool("last", **fields)])
+    assert (caught.value.code, caught.value.param) == ("invalid_value", param)
+    assert "together" in caught.value.message
+    with pytest.raises(UnbrokenError) as caught:
+        chat(tools=few, response_format=form({**WIDE, "title": "x" * 20_000}))
+    assert caught.value.param == "response_format.json_schema.schema"
 
 
 def test_the_order_of_properties_is_kept_on_the_way_to_the_worker():
