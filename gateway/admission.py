@@ -78,11 +78,19 @@ class ReadyModels:
         Raises:
             UnbrokenError: `model_not_ready`, with the reason that the workers give.
         """
+        return [workers[0] for workers in await self.serving()]
+
+    async def serving(self) -> list[list[WorkerInfo]]:
+        """Return all workers that are ready, those of one model together, the oldest first.
+
+        Raises:
+            UnbrokenError: `model_not_ready`, with the reason that the workers give.
+        """
         workers = await self.workers()
-        models: dict[str, WorkerInfo] = {}
+        models: dict[str, list[WorkerInfo]] = {}
         for worker in sorted(workers, key=lambda w: (w.since, w.id)):
             if worker.state == "ready":
-                models.setdefault(worker.model, worker)
+                models.setdefault(worker.model, []).append(worker)
         if models:
             return list(models.values())
         raise UnbrokenError("model_not_ready", _why(workers), retry_after=RETRY_SECONDS)

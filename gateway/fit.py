@@ -20,6 +20,9 @@ MODEL_DEFAULTS = ("top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's `generation_config` decides where a request does not. The temperature and the
 length are the owner's, by TEMPERATURE and MAX_TOKENS."""
 
+SPACES = tuple((c, len(c.encode())) for c in map(chr, range(0x3001)) if c.isspace())
+"""All white space, with its length in bytes."""
+
 
 def silent(body: GenerationBody) -> frozenset[str]:
     """Return which sampling parameters a body leaves to the model."""
@@ -40,28 +43,28 @@ def with_defaults(chat: ChatRequest, worker: WorkerInfo) -> ChatRequest:
     return chat._replace(generation=generation, response=response)
 
 
-def check_fits(generation: GenerationRequest, workers: Sequence[WorkerInfo]) -> None:
+def check_fits(chat: ChatRequest, workers: Sequence[WorkerInfo]) -> None:
     """Refuse what none of the workers of a model can ever run.
 
-    Text has at least as many tokens as it has times the length of the longest one. What this cannot
-    tell, the worker finds out once it has counted the tokens.
+    Compares numbers only: it runs on the event loop. Text has at least as many tokens as it has
+    times the length of the longest one. What this cannot tell, the worker finds out once it has
+    counted the tokens.
 
     Raises:
         UnbrokenError: `context_length_exceeded`; or `min_tokens` is more than the model's context.
     """
-    roomiest = max(workers, key=lambda worker: worker.context_length)
-    context = roomiest.context_length
-    if not context:
-        return
-    if generation.sampling.min_tokens >= context:
+    if not all(worker.context_length for worker in workers):
+        return  # one of them may have the room
+    context = max(worker.context_length for worker in workers)
+    if chat.generation.sampling.min_tokens >= context:
         raise UnbrokenError(
             "invalid_value",
             f"'min_tokens' leaves no room for a prompt in the model's context of {context} tokens.",
             "min_tokens",
         )
-    if not roomiest.token_bytes:
+    if not all(worker.token_bytes for worker in workers):
         return
-    least = -(-_bytes(generation) // roomiest.token_bytes)
+    least = -(-chat.text_bytes // max(worker.token_bytes for worker in workers))
     if least >= context:
         raise UnbrokenError(
             "context_length_exceeded",
@@ -71,16 +74,15 @@ def check_fits(generation: GenerationRequest, workers: Sequence[WorkerInfo]) -> 
         )
 
 
-def _bytes(generation: GenerationRequest) -> int:
-    """Count the UTF-8 bytes that are sure to reach the tokenizer.
+def text_bytes(generation: GenerationRequest) -> int:
+    """Count the UTF-8 bytes that are sure to reach the tokenizer, as part of reading a body.
 
     Templates may trim white space, and leave out what the assistant said.
     """
     return sum(
-        len(word.encode())
+        len(part.text.encode()) - sum(size * part.text.count(space) for space, size in SPACES)
         for message in generation.messages
         if message.role == "user"
         for part in message.parts
         if isinstance(part, TextPart)
-        for word in part.text.split()
     )

@@ -188,7 +188,11 @@ def _require(node: dict[str, Any], root: dict[str, Any], gates: Gates, made: lis
     _all(gate, whole if isinstance(whole, list) else [], gates)
     for name in ("anyOf", "oneOf"):
         options = node.get(name)
-        if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
+        if (
+            isinstance(options, list)
+            and options
+            and all(isinstance(option, dict) for option in options)
+        ):
             _any(gate, [gates[id(option)] for option in options], made)
     kinds = node.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]

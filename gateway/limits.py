@@ -33,6 +33,10 @@ def cost(request: GenerationRequest) -> int:
     """Estimate the most tokens that a request can use: its prompt's, and all that it asks for."""
     parts = [part for message in request.messages for part in message.parts]
     characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+    calls = [call for message in request.messages for call in message.tool_calls]
+    characters += sum(len(call.name) + len(call.arguments) for call in calls)
+    if request.tools:
+        characters += sum(len(function.definition) for function in request.tools.functions)
     media = sum(isinstance(part, MediaPart) for part in parts)
     prompt = characters // CHARACTERS_PER_TOKEN + media * TOKENS_PER_MEDIUM
     return prompt + request.sampling.max_tokens * request.sampling.n

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.content import content_part
-from gateway.fit import silent
+from gateway.fit import silent, text_bytes
 from gateway.json_schema import SchemaBudget, parse_format
 from gateway.reasoning import thinking_budget
 from gateway.sse import SESSION_ID
@@ -94,7 +94,7 @@ class ChatRequest(NamedTuple):
     """A parsed body: what to generate, and how its sender wants to see it.
 
     `digest` identifies what is generated: whether it is streamed is no part of it, nor is a seed
-    that the server will draw.
+    that the server will draw. `text_bytes` is how much text is sure to reach the tokenizer.
     """
 
     generation: GenerationRequest
@@ -104,6 +104,7 @@ class ChatRequest(NamedTuple):
     include_usage: bool
     session_id: str | None
     model: str | None
+    text_bytes: int
     response: ResponseParams | None = None
     silent: frozenset[str] = frozenset()
 
@@ -189,6 +190,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
         include_usage=options.include_usage,
         session_id=chat.session_id,
         model=chat.model,
+        text_bytes=text_bytes(generation),
         silent=silent(chat),
     )
 

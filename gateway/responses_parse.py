@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from pydantic import Field
 
-from gateway.fit import silent
+from gateway.fit import silent, text_bytes
 from gateway.json_schema import SchemaBudget, parse_format
 from gateway.openai import (
     ChatRequest,
@@ -77,7 +77,7 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
         effort=effort or "",
     )
     check_counts(generation, settings, "input")
-    params = _params(asked, generation, form)
+    params = _params(asked, generation, _shown_format(form, budget))
     told = hashlib.sha256(msgspec.json.encode(params, order="deterministic")).hexdigest()
     return ChatRequest(
         generation=generation,
@@ -87,6 +87,7 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
         include_usage=False,
         session_id=None,
         model=asked.model,
+        text_bytes=text_bytes(generation),
         response=params,
         silent=silent(asked),
     )
@@ -100,7 +101,7 @@ def _effort(body: dict[str, Any]) -> str | None:
 
 
 def _params(
-    asked: ResponsesRequest, generation: GenerationRequest, form: dict[str, Any] | None
+    asked: ResponsesRequest, generation: GenerationRequest, form: dict[str, Any]
 ) -> ResponseParams:
     used, choice = generation.sampling, asked.tool_choice or "auto"
     return ResponseParams(
@@ -112,9 +113,9 @@ def _params(
         presence_penalty=used.presence_penalty,
         max_output_tokens=asked.max_output_tokens,
         parallel_tool_calls=asked.parallel_tool_calls is not False,
-        tool_choice=choice if isinstance(choice, str) else json.dumps(choice),
+        tool_choice=choice if isinstance(choice, str) else _shown_choice(choice),
         tools=json.dumps([_shown(tool) for tool in asked.tools or ()]),
-        format=json.dumps(form or {"type": "text"}),
+        format=json.dumps(form),
         effort=generation.effort,
         metadata=asked.metadata or {},
     )
@@ -124,6 +125,24 @@ def _shown(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a function as Responses show it, with all the fields that the SDKs expect."""
     fields = ("type", "name", "description", "parameters", "strict")
     return {**{name: tool.get(name) for name in fields}, "strict": bool(tool.get("strict"))}
+
+
+def _shown_choice(choice: dict[str, Any]) -> str:
+    return json.dumps({name: choice[name] for name in ("type", "name")})
+
+
+def _shown_format(form: dict[str, Any] | None, budget: SchemaBudget) -> dict[str, Any]:
+    """Return a format, whose schema was checked, with the fields that are known and no others."""
+    if not form or form["type"] != "json_schema":
+        return {"type": form["type"] if form else "text"}
+    for name, kind in (("name", str), ("description", str), ("strict", bool)):
+        value = form.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise invalid(f"text.format.{name}", f"must be a {kind.__name__}")
+        if isinstance(value, str):
+            budget.spend(f"text.format.{name}", characters=len(value))
+    known = ("type", "name", "description", "schema", "strict")
+    return {name: form[name] for name in known if name in form}
 
 
 def _refuse_unsupported(body: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ async def submit(
     if archived:
         return _attach(archived, owner, chat)
     try:
-        worker, chat = _suited(await services.models.ready(), chat, services)
+        worker, chat = _suited(await services.models.serving(), chat, services)
     except UnbrokenError:
         # An attach needs no worker: whoever has the session may read it while none is ready.
         known = await services.log.record(session_id) if may_exist else None
@@ -151,11 +151,11 @@ def _seed(owner: str, session_id: str, digest: str) -> int:
 
 
 def _suited(
-    ready: list[WorkerInfo], chat: ChatRequest, services: Services
+    serving: list[list[WorkerInfo]], chat: ChatRequest, services: Services
 ) -> tuple[WorkerInfo, ChatRequest]:
     """Pick the model that answers; returns the request with that model's defaults."""
-    worker = _choose(ready, chat.model, services)
-    check_fits(chat.generation, [other for other in ready if other.model == worker.model])
+    worker = _choose([workers[0] for workers in serving], chat.model, services)
+    check_fits(chat, next(workers for workers in serving if workers[0] is worker))
     return worker, with_defaults(chat, worker)
 
 

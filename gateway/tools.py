@@ -15,9 +15,7 @@ MAX_FUNCTIONS = 128
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def parse_tools(
-    body: dict[str, Any], budget: SchemaBudget, *, nested: bool = True
-) -> Tools | None:
+def parse_tools(body: dict[str, Any], budget: SchemaBudget, *, nested: bool = True) -> Tools | None:
     """Read `tools`, `tool_choice` and `parallel_tool_calls`; None where nothing may be called.
 
     Args:

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission import ReadyModels
 from gateway.fit import check_fits, with_defaults
+from gateway.limits import cost
 from gateway.openai import parse_chat
 from gateway.responses_parse import parse_response
+from gateway.submission import _suited
 from shared.errors import UnbrokenError
 from shared.fleet import WorkerInfo
 from shared.settings import GatewaySettings
@@ -84,12 +87,12 @@ def test_what_the_authors_set_is_read_from_their_file():
 )
 def test_a_text_that_cannot_fit_is_refused_with_both_numbers(text, refused):
     """10 bytes for a token at most, 128 tokens: 1,271 bytes are too many, white space aside."""
-    generation = chat(text).generation
+    asked = chat(text)
     if not refused:
-        check_fits(generation, [worker()])
+        check_fits(asked, [worker()])
         return
     with pytest.raises(UnbrokenError) as caught:
-        check_fits(generation, [worker(), worker(context_length=64)])
+        check_fits(asked, [worker(context_length=64), worker()])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     assert "128 tokens" in caught.value.message
     assert "at least 128." in caught.value.message
@@ -97,15 +100,53 @@ def test_a_text_that_cannot_fit_is_refused_with_both_numbers(text, refused):
 
 def test_more_tokens_than_fit_are_a_bound_but_not_a_duty():
     """`max_tokens` above the context ends there; `min_tokens` above it can never be kept."""
-    check_fits(chat(max_tokens=5000).generation, [worker()])
+    check_fits(chat(max_tokens=5000), [worker()])
     with pytest.raises(UnbrokenError) as caught:
-        check_fits(chat(max_tokens=5000, min_tokens=128).generation, [worker()])
+        check_fits(chat(max_tokens=5000, min_tokens=128), [worker()])
     assert caught.value.param == "min_tokens"
 
 
 def test_where_tokens_are_not_known_the_worker_decides():
     """Without a bound on a token's length, no text is refused."""
-    check_fits(chat("y" * 10**6).generation, [worker(token_bytes=0)])
+    check_fits(chat("y" * 10**6), [worker(token_bytes=0)])
+
+
+@given(st.text(st.sampled_from("ay\u00fc \n\x1c\u00a0\u2003\u3000"), max_size=60))
+def test_text_is_counted_once_as_the_body_is_read(text):
+    """White space of any kind aside; what is compared later is that number, not the text."""
+    asked = chat("x" + text)
+    assert asked.text_bytes == sum(len(word.encode()) for word in ("x" + text).split())
+    emptied = msgspec.structs.replace(asked.generation, messages=())
+    with pytest.raises(UnbrokenError):
+        check_fits(asked._replace(generation=emptied, text_bytes=1271), [worker()])
+
+
+async def test_a_request_has_the_room_of_the_roomiest_worker():
+    """All ready workers of the model count, not the oldest alone."""
+
+    class Fleet:
+        async def live(self):
+            small = msgspec.structs.replace(worker(context_length=64), since=1)
+            return [msgspec.structs.replace(worker(), id="v", since=2), small]
+
+    class Services:
+        settings = SETTINGS
+
+    serving = await ReadyModels(Fleet()).serving()
+    assert [[one.context_length for one in workers] for workers in serving] == [[64, 128]]
+    assert _suited(serving, chat("y" * 1270), Services())[0].context_length == 64
+    with pytest.raises(UnbrokenError, match="128 tokens"):
+        _suited(serving, chat("y" * 1271), Services())
+
+
+def test_functions_and_earlier_calls_cost_tokens():
+    """A key's tokens per minute pay for all that reaches the prompt."""
+    function = {"name": "look", "description": "d" * 4000}
+    call = {"function": {"name": "look", "arguments": "a" * 4000}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    plain = cost(chat().generation)
+    assert cost(chat(tools=[{"type": "function", "function": function}]).generation) > plain + 1000
+    assert cost(parse_chat({"messages": turns}, SETTINGS).generation) > plain + 1000
 
 
 @given(st.text(max_size=60))

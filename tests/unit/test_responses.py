@@ -234,6 +234,25 @@ def test_functions_formats_and_efforts_are_read():
     assert json.loads(asked.response.tools)[0]["name"] == "look"
 
 
+def test_only_known_fields_of_formats_and_choices_are_kept():
+    """What a Response repeats of its request is what was checked, and no more."""
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    form = {"type": "json_schema", "name": "it", "schema": {"type": "integer"}}
+    choice = {"type": "function", "name": "look"}
+    asked = parsed(
+        tools=[{**FUNCTION, "junk": deep}],
+        tool_choice={**choice, "junk": deep},
+        text={"format": {**form, "junk": deep}},
+    )
+    assert json.loads(asked.response.format) == form
+    assert json.loads(asked.response.tool_choice) == choice
+    assert "junk" not in asked.response.tools
+    plain = parsed(text={"format": {"type": "text", "junk": deep}})
+    assert json.loads(plain.response.format) == {"type": "text"}
+
+
 def test_calls_of_one_turn_become_one_message():
     """Calls behind an answer belong to it; their outputs are messages of their own."""
     items = [
@@ -288,6 +307,10 @@ BAD = [
     ({"text": {"format": {"type": "xml"}}}, "text.format"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}, "strict": "yes"}}},
+     "text.format.strict"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}, "description": "x" * 600_000}}},
+     "text.format.description"),
     ({"truncation": "auto"}, "truncation"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
