@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -15,16 +14,14 @@ from gateway import meter, sse
 from gateway.admission import parse_json, read_body
 from gateway.channel import Viewer
 from gateway.openai import ChatCompletionRequest, ChatRequest, parse_chat
+from gateway.patience import patiently, reached
 from gateway.render import ChunkRenderer, CompletionBuilder
 from gateway.submission import NOT_FOUND, chosen_id, say_watched, submit
 from shared import metrics
 from shared.errors import UnbrokenError
 from shared.protocol import decode_event
-from shared.store import LOST
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from gateway.connection import Connection
     from gateway.sse import Cursor
     from gateway.state import Services
@@ -34,17 +31,6 @@ log = logging.getLogger("unbroken.chat")
 router = APIRouter()
 
 PARSE_IN_THREAD_BYTES = 2**18
-
-REWRITE_SECONDS = 5.0
-"""How long a live session's log may take to reach a place that a client has seen: a Redis that was
-killed comes back without its last moments, which the session's worker writes again."""
-
-PATIENCE_SECONDS = 3.0
-PATIENCE_STEP = 0.05
-"""How long a resume waits for a Redis that is away, and between two tries: a restart is most often
-shorter than what a 503 makes clients wait."""
-
-T = TypeVar("T")
 
 _BODY_DOC = {
     "requestBody": {
@@ -113,18 +99,6 @@ def cursor_of(request: Request) -> Cursor | None:
     return None
 
 
-async def patiently(work: Callable[[], Awaitable[T]]) -> T:
-    """Do what a client needs to go on with its stream, again while Redis is away for a moment."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return await work()
-        except LOST:
-            if time.monotonic() > until:
-                raise
-        await asyncio.sleep(PATIENCE_STEP)
-
-
 async def owned_record(services: Services, session_id: str, owner: str) -> SessionRecord:
     """Return a session's record.
 
@@ -144,17 +118,16 @@ async def check_place(
     """Check that the log can be read from behind event `after` on; returns the newest record.
 
     Raises:
-        UnbrokenError: `invalid_value`, where it has no such event yet; `events_expired`, where what
-            follows is no longer kept.
+        UnbrokenError: `invalid_value` or `unavailable`, where it has no such event (see `reached`);
+            `events_expired`, where what follows is no longer kept.
     """
-    until = time.monotonic() + REWRITE_SECONDS
-    while after > record.last and not record.has_ended and time.monotonic() < until:
-        await asyncio.sleep(REWRITE_SECONDS / 50)
-        record = await owned_record(services, session_id, record.owner)
+
+    async def look() -> tuple[SessionRecord, int]:
+        newest = await owned_record(services, session_id, record.owner)
+        return newest, newest.last
+
     if after > record.last:
-        raise UnbrokenError(
-            "invalid_value", "Last-Event-ID is beyond the session's end.", "Last-Event-ID"
-        )
+        record = await reached(after, "Last-Event-ID", look)
     if after < record.last:
         following = await services.log.read(session_id, after, count=1)
         if not following or following[0].index != after + 1:

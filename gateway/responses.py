@@ -15,6 +15,7 @@ from gateway import meter, sse
 from gateway.admission import parse_json, read_body
 from gateway.channel import Viewer
 from gateway.chat import PARSE_IN_THREAD_BYTES
+from gateway.patience import patiently, reached
 from gateway.responses_parse import ResponsesRequest, parse_response
 from gateway.responses_render import ResponseBuilder, ResponseFrames
 from gateway.submission import chosen_id, say_watched, submit
@@ -76,17 +77,22 @@ async def create(request: Request) -> Response:
 async def retrieve(response_id: str, request: Request) -> Response:
     """Return a Response as it stands; with `stream=true` its events, behind `starting_after`."""
     services: Services = request.app.state.services
-    record = await _owned(services, response_id, services.auth.owner(request))
-    if not (record.response and record.response.store):
-        raise _not_found()
+    owner = services.auth.owner(request)
+    if _flag(request, "stream"):
+        return await patiently(lambda: _resume(services, response_id, owner, request))
+    record = await _stored(services, response_id, owner)
+    if _starting_after(request) >= 0:
+        raise UnbrokenError(
+            "invalid_value", "'starting_after' needs 'stream=true'.", "starting_after"
+        )
+    return _json(response_id, await _as_it_stands(services, response_id, record))
+
+
+async def _resume(services: Services, response_id: str, owner: str, request: Request) -> Response:
+    """Stream what follows the sequence number that the client has reached."""
+    record = await _stored(services, response_id, owner)
     after = _starting_after(request)
-    if not _flag(request, "stream"):
-        if after >= 0:
-            raise UnbrokenError(
-                "invalid_value", "'starting_after' needs 'stream=true'.", "starting_after"
-            )
-        return _json(response_id, await _as_it_stands(services, response_id, record))
-    known = await _check_place(services, response_id, record, after)
+    record, known = await _check_place(services, response_id, record, after)
     if after >= 0:
         meter.resumed()
         log.info("resume", extra={"session": response_id, "number": after})
@@ -131,6 +137,18 @@ async def _owned(services: Services, response_id: str, owner: str) -> SessionRec
     return record
 
 
+async def _stored(services: Services, response_id: str, owner: str) -> SessionRecord:
+    """Return the record of a Response that can be retrieved.
+
+    Raises:
+        UnbrokenError: `session_not_found`, also where `store` was false.
+    """
+    record = await _owned(services, response_id, owner)
+    if not (record.response and record.response.store):
+        raise _not_found()
+    return record
+
+
 def _not_found() -> UnbrokenError:
     return UnbrokenError("session_not_found", "There is no such response.", "response_id")
 
@@ -156,24 +174,29 @@ def _starting_after(request: Request) -> int:
 
 async def _check_place(
     services: Services, response_id: str, record: SessionRecord, after: int
-) -> int:
+) -> tuple[SessionRecord, int]:
     """Check that the events can be read, and that there is one with the number `after`.
 
-    Returns the index of an entry that the log has, not before that event's.
+    Returns the newest record, and the index of an entry that the log has, not before that event's.
 
     Raises:
-        UnbrokenError: `invalid_value`, where there is none yet; `events_expired`.
+        UnbrokenError: `invalid_value` or `unavailable`, where there is none (see `reached`);
+            `events_expired`.
     """
-    # Each entry of the log has one number at least, and the first has two.
-    certain = after <= record.last + 1
     builder = ResponseBuilder(response_id, record)
-    await _read(services, response_id, builder, entries=1 if certain else None)
-    if not certain and after >= builder.number:
-        raise UnbrokenError(
-            "invalid_value", "'starting_after' is beyond the response's end.", "starting_after"
-        )
+
+    async def look() -> tuple[SessionRecord, int]:
+        newest = await _owned(services, response_id, record.owner)
+        await _read(services, response_id, builder)
+        return newest, builder.number - 1
+
+    # Each entry of the log has one number at least, and the first has two.
+    if after <= record.last + 1:
+        await _read(services, response_id, builder, entries=1)
+    else:
+        record = await reached(after, "starting_after", look)
     await say_watched(services, response_id, record)
-    return max(record.last, builder.index)
+    return record, max(record.last, builder.index)
 
 
 async def _read(

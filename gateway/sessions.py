@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from gateway import meter, signing, sse
 from gateway.auth import OPEN
-from gateway.chat import _stream, answer_whole, check_place, cursor_of, owned_record, patiently
+from gateway.chat import _stream, answer_whole, check_place, cursor_of, owned_record
+from gateway.patience import patiently
 from gateway.render import failure, usage_json
 from shared.errors import UnbrokenError
 from shared.protocol import Failed, Finished, decode_event
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("unbroken.sessions")
 router = APIRouter()
 
-COME_BACK = b": the store is unavailable for now\nretry: 2000\n"
+COME_BACK = b": unavailable for now\nretry: 2000\n"
 """For an EventSource, which gives up for ever on any status but 200: it comes back."""
 
 
@@ -110,8 +111,9 @@ async def events(session_id: str, request: Request) -> Response:
             return await _events(services, owner, session_id, cursor)
 
         return await (patiently(answer) if cursor else answer())
-    except UNAVAILABLE:
-        if request.headers.get("accept") != "text/event-stream":
+    except Exception as error:
+        passing = getattr(error, "code", None) == "unavailable" or isinstance(error, UNAVAILABLE)
+        if not passing or request.headers.get("accept") != "text/event-stream":
             raise
         return Response(COME_BACK, headers=sse.HEADERS)
 

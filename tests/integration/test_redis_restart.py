@@ -110,3 +110,24 @@ async def test_a_resume_waits_for_a_redis_that_is_soon_back(own_redis, method, p
     assert (answer.status_code, answer.text[:9]) == (200, "id: s:2\nd")
     assert answer.text.endswith("data: [DONE]\n\n")
     await store.close()
+
+
+async def test_a_response_resumed_waits_for_a_redis_that_is_soon_back(own_redis):
+    """`starting_after` has the patience that `Last-Event-ID` has."""
+    store = Store(connect(own_redis.url, retries=10))
+    worker = ScriptedWorker(store)
+    await worker.announce()
+    async with serving(own_redis.url) as client:
+        body = {"input": "x", "background": True}
+        made = (await client.post("/v1/responses", json=body)).json()["id"]
+        await worker.finish(await worker.next())
+        own_redis.kill()
+        url = f"/v1/responses/{made}?stream=true&starting_after=1"
+        resumed = asyncio.create_task(client.get(url))
+        done, _ = await asyncio.wait({resumed}, timeout=0.5)
+        assert not done
+        own_redis.start()
+        answer = await resumed
+    assert answer.status_code == 200
+    assert answer.text.endswith("data: [DONE]\n\n")
+    await store.close()

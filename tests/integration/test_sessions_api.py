@@ -127,16 +127,21 @@ async def test_bad_places_are_400_on_both_ways(client, worker, cursor, status, c
     assert await worker.claim() == []
 
 
-async def test_a_place_that_redis_has_lost_is_waited_for(client, worker, store):
-    """A client that has seen more than a Redis which came back knows goes on behind that."""
-    await begin(client)
-    [claimed] = await worker.claim()
+async def lose(store, worker, claimed, session_id):
+    """Say two words, and put Redis back to where it knew of one; returns when that is done."""
     await worker.say(claimed, "one")
-    names = [keys.session("s"), keys.events("s")]
+    names = [keys.session(session_id), keys.events(session_id)]
     before = [await store.redis.dump(name) for name in names]
     await worker.say(claimed, "two")
     for name, value in zip(names, before, strict=True):
         await store.redis.restore(name, 60_000, value, replace=True)
+
+
+async def test_a_place_that_redis_has_lost_is_waited_for(client, worker, store):
+    """A client that has seen more than a Redis which came back knows goes on behind that."""
+    await begin(client)
+    [claimed] = await worker.claim()
+    await lose(store, worker, claimed, "s")
     resumed = asyncio.create_task(client.post(CHAT, headers={"last-event-id": "s:2"}))
     done, _ = await asyncio.wait({resumed}, timeout=0.3)
     assert not done
@@ -145,6 +150,51 @@ async def test_a_place_that_redis_has_lost_is_waited_for(client, worker, store):
     await worker.say(claimed, "three")
     await worker.finish(claimed)
     assert (await resumed).text.startswith("id: s:3\n")
+
+
+async def test_a_response_goes_on_behind_what_redis_has_lost(client, worker, store):
+    """A sequence number that the log does not have again yet is waited for, as an index is."""
+    body = {"input": "hello", "background": True}
+    made = (await client.post("/v1/responses", json=body)).json()["id"]
+    [claimed] = await worker.claim()
+    await lose(store, worker, claimed, made)  # 0-4 come with the first word, 5 with the second
+    url = f"/v1/responses/{made}?stream=true&starting_after=5"
+    resumed = asyncio.create_task(client.get(url))
+    done, _ = await asyncio.wait({resumed}, timeout=0.3)
+    assert not done
+    worker.rewind(claimed)
+    await worker.say(claimed, "two")
+    await worker.finish(claimed)
+    assert (await resumed).status_code == 200
+    assert '"sequence_number":6' in (await resumed).text.split("\n\n")[0]
+
+
+async def test_a_place_of_a_session_that_lives_is_no_final_refusal(client, worker, monkeypatch):
+    """It is a 503 that clients try again, not a 400 that ends them, unless it is out of reach."""
+    monkeypatch.setattr("gateway.patience.REWRITE_SECONDS", 0.1)
+    body = {"input": "hello", "background": True}
+    made = (await client.post("/v1/responses", json=body)).json()["id"]
+    for index, expected in ((9, 503), (99_999, 400)):
+        place = {"last-event-id": f"{made}:{index}"}
+        events = f"/v1/sessions/{made}/events"
+        number = f"/v1/responses/{made}?stream=true&starting_after={index}"
+        for got in (
+            await client.post(CHAT, headers=place),
+            await client.get(events, headers=place),
+            await client.get(number),
+        ):
+            assert got.status_code == expected, got.text
+            assert got.headers.get("retry-after") == ("2" if expected == 503 else None)
+        browser = await client.get(events, headers={**place, "accept": "text/event-stream"})
+        assert browser.status_code == (200 if expected == 503 else 400)
+        assert ("retry: 2000\n" in browser.text) == (expected == 503)
+
+
+async def test_a_place_behind_the_end_of_an_ended_session_is_refused_at_once(client, worker):
+    """Nobody writes there any more: a 400, without any wait."""
+    await ended(client, worker)
+    got = await asyncio.wait_for(client.post(CHAT, headers={"last-event-id": "s:9"}), 2)
+    assert error_of(got) == (400, "invalid_value")
 
 
 async def test_two_different_places_are_400(client, worker):
