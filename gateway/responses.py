@@ -17,7 +17,7 @@ from gateway.channel import Viewer
 from gateway.chat import PARSE_IN_THREAD_BYTES
 from gateway.patience import patiently, reached
 from gateway.responses_parse import ResponsesRequest, parse_response
-from gateway.responses_render import ResponseBuilder, ResponseFrames
+from gateway.responses_render import ResponseBuilder, ResponseFrames, in_its_names
 from gateway.submission import chosen_id, say_watched, submit
 from shared import metrics
 from shared.archive import OUTBOX_SECONDS
@@ -58,7 +58,10 @@ async def create(request: Request) -> Response:
         asked = parse_response(parse_json(body), settings)
     named = chosen_id(request, asked, owner, "resp_")
     session_id = named or f"resp_{secrets.token_hex(16)}"
-    record = await submit(services, owner, session_id, asked, may_exist=named is not None)
+    try:
+        record = await submit(services, owner, session_id, asked, may_exist=named is not None)
+    except UnbrokenError as error:
+        raise in_its_names(error) from None
     if asked.stream:
         return _stream(services, session_id, record)
     if asked.response and asked.response.background:

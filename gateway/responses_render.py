@@ -15,12 +15,12 @@ from gateway.render import failure
 from gateway.responses_items import CallItem, Item, ItemStatus, TextItem
 from gateway.sse import DONE
 from shared import metrics
+from shared.errors import UnbrokenError
 from shared.protocol import CallDelta, Delta, Failed, Finished, Started, decode_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from shared.errors import UnbrokenError
     from shared.protocol import Event, Usage
     from shared.session_log import Entry, SessionRecord
 
@@ -36,6 +36,23 @@ ERROR_CODES = {
     "queue_full": "rate_limit_exceeded",
 }
 """The Responses API's own codes, where one fits better than `invalid_prompt`, `server_error`."""
+
+
+NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+"""What a chat's parameters are called in a request for a Response."""
+
+
+def in_its_names(error: UnbrokenError) -> UnbrokenError:
+    """Return an error about a parameter under the name that a Response's caller gave it.
+
+    A place within the messages is left out: items of the input need not become one message each.
+    """
+    field = (error.param or "").partition("[")[0]
+    name = NAMES.get(field)
+    if name is None:
+        return error
+    message = error.message.replace(f"'{field}'", f"'{name}'")
+    return UnbrokenError(error.code, message, name, error.retry_after)
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -94,7 +111,7 @@ class ResponseBuilder:
                 self._event("response.in_progress", self.response()),
             ]
         if isinstance(event, Failed):
-            self.error = failure(event)
+            self.error = in_its_names(failure(event))
             return [*self._close("incomplete"), self._end("failed", error=error_json(self.error))]
         return self._finish(event)
 

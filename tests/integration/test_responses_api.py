@@ -263,6 +263,34 @@ async def test_a_failure_is_a_status_an_event_and_an_object(client, worker):
 
 
 @pytest.mark.parametrize(
+    ("of_chats", "param"),
+    [
+        ("response_format", "text.format"),
+        ("messages", "input"),
+        ("messages[1].content[0]", "input"),
+        ("tools", "tools"),
+    ],
+)
+async def test_a_worker_s_failure_names_what_the_caller_wrote(client, worker, of_chats, param):
+    """A worker knows the names of chats alone; a Response's caller has not used them."""
+    waiting = asyncio.create_task(client.post(URL, json=ASK))
+    session = await claimed(worker)
+    field = of_chats.split("[")[0]
+    await worker.fail(session, "invalid_value", f"'{field}' is too complex.", of_chats)
+    assert error_of(await waiting, 400, param) == "invalid_value"
+    assert (await waiting).json()["error"]["message"] == f"'{param}' is too complex."
+    final = (await client.get(f"{URL}/{session.session_id}")).json()
+    assert final["error"]["param"] == param
+
+
+async def test_a_prompt_that_is_too_long_is_the_input(client, worker):
+    """What the gateway finds out by itself is told in the same names."""
+    await worker.announce(token_bytes=1)
+    got = await client.post(URL, json={"input": "x" * 500})
+    assert error_of(got, 400, "input") == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         (b"{", None),
