@@ -158,8 +158,7 @@ class SessionJob:
         except UnbrokenError as error:
             if error.code in NOT_NOW:
                 raise GiveBack(waited=True) from None
-            event = Failed(error.code, error.message, error.param)
-            return Ending(event, "failed", self._usage())
+            return Ending(Failed(error.code, error.message, error.param), "failed", self._usage())
         except msgspec.MsgspecError:
             event = Failed("generation_failed", "The session's request or log is not readable.")
             return Ending(event, "failed", self._usage())
@@ -174,9 +173,11 @@ class SessionJob:
         except FAILED:
             self._check_attempts(record)  # it may fail like this for ever
             raise
-        request = _readable(raw)
+        if raw is None:
+            raise UnbrokenError("generation_failed", "The request is no longer kept.")
+        request = protocol.decode_request(raw)
         assert self._writer is not None  # noqa: S101 - run() opened it
-        self._writer.keep(record, raw or b"", [entry.data for entry in entries])
+        self._writer.keep(record, raw, [entry.data for entry in entries])
         generated = replay(entries, request.sampling.n)
         thoughts = replay(entries, request.sampling.n, "reasoning")
         self._counts = {c: (len(ids), len(thoughts[c])) for c, ids in enumerate(generated)}
@@ -277,8 +278,14 @@ class SessionJob:
 
     def _on_output(self, output: Output | None) -> None:
         """Take one step's output of one choice; None says that the engine died."""
-        if self._done.done():
-            return
+        try:
+            if not self._done.done():
+                self._take(output)
+        except Exception:
+            log.exception("an output was not taken", extra={"session": self.claimed.session_id})
+            self._done.set_exception(UnbrokenError("generation_failed", "An output was lost."))
+
+    def _take(self, output: Output | None) -> None:
         if output is None:
             blamed = any(self._parts.engine.blames(handle) for handle in self._handles)
             self._done.set_exception(GiveBack(blameless=not blamed))
@@ -288,9 +295,8 @@ class SessionJob:
             self._done.set_exception(UnbrokenError(*output.error))
             return
         self._counts[choice] = output.completion_tokens, output.reasoning_tokens
-        if self._meter:
-            self._meter.output(choice, output.completion_tokens)
-        assert self._writer is not None  # noqa: S101 - run() opened it before the engine
+        assert self._meter and self._writer  # noqa: S101, PT018 - run() opened them
+        self._meter.output(choice, output.completion_tokens)
         for piece in output.pieces:
             self._writer.write(self._event(choice, piece))
         if output.finish:
@@ -330,12 +336,6 @@ class SessionJob:
             if choice not in self._last:
                 self._parts.engine.abort(handle)
         self._handles.clear()
-
-
-def _readable(raw: bytes | None) -> GenerationRequest:
-    if raw is None:
-        raise UnbrokenError("generation_failed", "The request is no longer kept.")
-    return protocol.decode_request(raw)
 
 
 def replay(

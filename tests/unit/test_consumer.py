@@ -281,3 +281,19 @@ async def test_the_engines_begin_is_counted_and_progress_forgotten(make, log, st
     worker.engine.going.set()
     record, text = await ended(log, "s")
     assert (record.attempts, record.claims, text) == (1, 1, WHOLE)
+
+
+async def test_an_output_that_cannot_be_written_ends_its_session(make, log):
+    """Half a character, which no event can hold, fails that session at once; others go on."""
+    worker = make()
+    worker.start()
+    worker.engine.going.clear()
+    await submit(worker.queue, "bad", "good")
+    while len(worker.engine.running) < 2:
+        await asyncio.sleep(0.005)
+    handle, (sink, _) = next(iter(worker.engine.running.items()))
+    sink(Output(handle, (Piece((1,), "\ud83d", "content"),), completion_tokens=1))
+    worker.engine.going.set()
+    ends = [await ended(log, name) for name in ("bad", "good")]
+    assert sorted(record.status for record, _ in ends) == ["failed", "finished"]
+    assert worker.engine.running == {}

@@ -95,6 +95,21 @@ def test_what_is_found_does_not_depend_on_the_pieces(name, text, data):
         ("<tool_call>words</tool_call>", "<tool_call>words</tool_call>", []),
         ('<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
         ("a < b and <tool", "a < b and <tool", []),
+        (
+            '<tool_call>{"arguments": {"ü": "\\ud83d"}, "name": "x"}</tool_call>',
+            "",
+            [("x", '{"\\u00fc": "\\ud83d"}')],
+        ),
+        (
+            '<tool_call>{"name": "\\ud83d"}</tool_call>',
+            '<tool_call>{"name": "\\ud83d"}</tool_call>',
+            [],
+        ),
+        (
+            '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>',
+            [],
+        ),
     ],
 )
 def test_a_call_is_found_and_what_is_none_stays_text(text, content, calls):
@@ -104,6 +119,7 @@ def test_a_call_is_found_and_what_is_none_stays_text(text, content, calls):
     assert [name for name, _ in got] == [name for name, _ in calls]
     for (_, arguments), (_, wanted) in zip(got, calls, strict=True):
         assert wanted is None or arguments == wanted
+    assert json.dumps([got_content, got], ensure_ascii=False).encode()  # can be sent
 
 
 def test_a_parser_is_chosen_by_the_chat_template():

@@ -149,18 +149,25 @@ def _string(text: str) -> str | None:
         value = json.loads(text)
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and _sendable(value) else None
 
 
 def _object(text: str) -> tuple[str, str] | None:
     """Return name and arguments of a call that is written in some other order."""
     try:
         call: Any = json.loads(text)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+            return None
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if not isinstance(arguments, dict) or not _sendable(call["name"]):
+            return None
+        shown = json.dumps(arguments, ensure_ascii=False)
+        # Half a character stays the escape sequence that it was.
+        return call["name"], shown if _sendable(shown) else json.dumps(arguments)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        return None
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, dict):
-        return None
-    return call["name"], json.dumps(arguments, ensure_ascii=False)
+
+
+def _sendable(text: str) -> bool:
+    """Tell whether a text is all characters: JSON can spell half a one, UTF-8 cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
