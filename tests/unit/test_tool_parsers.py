@@ -151,6 +151,9 @@ def said(tokenizer, ids, seam=0):
 @example(text=f"STOP{CALL}", cuts=set())
 @example(text=f"Let me look.{CALL}\n{CALL} words", cuts={3, 20, 40})
 @example(text='<tool_call>{"name": "x", "arguments": {}} </tool_ <tool_call>', cuts={44, 50})
+@example(text='a<tool_call>{"arguments": {"é": 1}, "name": "x"}</tool_call>\nb', cuts=set())
+@example(text='<tool_call>\n{"name": "x"}\n</tool_call>', cuts={35})
+@example(text='<tool_call>{"id": 1, "name": "x", "arguments": {}}</tool_call> b', cuts={53})
 def test_a_successor_says_what_is_missing_from_any_seam(tokenizer, text, cuts):
     """From whichever append the log ends with, the rest has the same texts, calls and ids."""
     text = f"hm</think>\n\n{text}"
@@ -174,13 +177,17 @@ def test_only_the_first_piece_of_a_call_bears_its_name(tokenizer):
         assert json.loads("".join(p.text for p in mine)) == {"at": "the {sea}", "n": [1, {}]}
 
 
-def test_an_output_ends_with_its_last_call(tokenizer):
+@pytest.mark.parametrize(
+    "call", [CALL, '<tool_call>{"arguments": {}, "name": "x"}</tool_call>'], ids=["usual", "turned"]
+)
+def test_an_output_ends_with_its_last_call(tokenizer, call):
     """Where only one call is allowed, what follows its end is dropped."""
     detokenizer = Detokenizer(tokenizer, parser=PARSERS["qwen"](), max_calls=1)
     pieces = []
-    for token in tokenizer.encode(f"{CALL}\n{CALL}", add_special_tokens=False):
+    for token in tokenizer.encode(f"{call}\n{call}", add_special_tokens=False):
         if not detokenizer.stopped:
             pieces += detokenizer.push(token)
     pieces += detokenizer.finish()
     assert detokenizer.stopped
     assert {piece.call.index for piece in pieces if piece.call} == {0}
+    assert not [piece for piece in pieces if piece.text and not piece.call]

@@ -188,7 +188,8 @@ class Detokenizer:
                 if found.kind == "call":
                     self._open_call(found, start, end)
                 self._sorted = self._clear = end
-                if found.kind == "end" and self.calls >= self._max_calls:
+                closed = found.kind == "end" or found.arguments
+                if closed and self.calls >= self._max_calls:
                     self.stopped = True
             if self.stopped:
                 return

@@ -14,7 +14,8 @@ class Found:
 
     `text` is shown as it is; `markup` is not shown; `arguments` are shown as part of the open call.
     `call` is not shown either: it opens a call of `name`, whose arguments follow as such; where
-    `arguments` is set, these are all of them. `end` is markup that closes the call.
+    `arguments` is set, these are all of them, and the call is closed. `end` is markup that closes
+    an open one.
     """
 
     kind: Literal["text", "markup", "call", "arguments", "end"]

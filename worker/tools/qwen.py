@@ -96,8 +96,8 @@ class QwenToolParser(ToolParser):
         if end >= 0:
             whole = _object(text[len(OPEN) : end])
             if whole:
-                self._state, self._closed = "tail", True
-                return Found("call", end, *whole)
+                self._after_call = True
+                return Found("call", end + len(CLOSE), *whole)
         elif not final and len(text) < HELD_MOST and _MAYBE_HEAD.match(text):
             return None
         return Found("text", len(OPEN))
