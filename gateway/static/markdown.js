@@ -8,14 +8,17 @@ const make = (tag, attributes = {}, ...children) => {
   return node;
 };
 
+const LONGEST = 20_000; // characters of a paragraph; what is longer is text
+const MOST_COLUMNS = 64;
 const DEEPEST = 8; // levels of lists, quotes and emphasis; what is deeper is text
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$/;
+// Every pattern below takes time in proportion to its line: no two parts can take the same characters.
+const FENCE = /^( {0,3})(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/s;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}>[ \t]?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])([ \t]+)(?=\S)/;
-const CELLS_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const CELLS_RULE = /^\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/;
 const blank = (line) => !/\S/.test(line);
 const textFrom = (lines, from) => { // the next line that is not blank; -1: none
   while (from < lines.length && blank(lines[from])) from += 1;
@@ -28,6 +31,7 @@ export class Markdown {
 
   /** Show `text`; if it begins with what was shown before, its last block alone is made again. */
   set(text) {
+    text = text.replaceAll("\r", "");
     if (text === this.text) return;
     if (!text.startsWith(this.text)) this.settled = this.kept = 0;
     this.text = text;
@@ -63,7 +67,7 @@ function block(lines, here, depth) {
   let found;
   if ((found = FENCE.exec(line))) return code(lines, here, found);
   if ((found = HEADING.exec(line))) {
-    return [make(`h${Math.min(6, found[1].length + 2)}`, {}, ...inline(found[2])), 1];
+    return [make(`h${Math.min(6, found[1].length + 2)}`, {}, ...inline(title(found[2]))), 1];
   }
   if (RULE.test(line)) return [make("hr"), 1];
   if (depth < DEEPEST && QUOTE.test(line)) return quote(lines, here, depth);
@@ -72,6 +76,14 @@ function block(lines, here, depth) {
   let end = here + 1;
   while (end < lines.length && !blank(lines[end]) && !interrupts(lines[end])) end += 1;
   return [make("p", {}, ...inline(lines.slice(here, end).join("\n"))), end - here];
+}
+
+/** A heading's text without the #s that may close it. */
+function title(text) {
+  const whole = text.trimEnd();
+  let end = whole.length;
+  while (whole[end - 1] === "#") end -= 1;
+  return end === 0 || /[ \t]/.test(whole[end - 1]) ? whole.slice(0, end).trimEnd() : whole;
 }
 
 /** Whether a line ends the paragraph before it; of numbered lists only those from 1. */
@@ -117,7 +129,8 @@ function list(lines, here, depth) {
     for (; end < lines.length; end += 1) {
       const next = textFrom(lines, end);
       if (next < 0 || (next > end && !belongs(lines[next]))) break;
-      if (!blank(lines[end]) && !belongs(lines[end]) && (interrupts(lines[end]) || ITEM.test(lines[end]))) break;
+      for (; end < next; end += 1) inner.push("");
+      if (!belongs(lines[end]) && (interrupts(lines[end]) || ITEM.test(lines[end]))) break;
       inner.push(belongs(lines[end]) ? lines[end].slice(width) : lines[end].trimStart());
     }
     const blocks = parse(inner, depth + 1).map((each) => each.node);
@@ -134,7 +147,8 @@ const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\
 
 function isTable(lines, here) {
   const [head, rule] = [lines[here], lines[here + 1] ?? ""];
-  return head.includes("|") && rule.includes("-") && CELLS_RULE.test(rule) && cells(head).length === cells(rule).length;
+  return head.includes("|") && rule.includes("-") && CELLS_RULE.test(rule.trim())
+    && cells(rule).length <= MOST_COLUMNS && cells(head).length === cells(rule).length;
 }
 
 function table(lines, here) {
@@ -152,28 +166,50 @@ const INLINE = [
   [/\\([!-/:-@[-`{-~])/y, ([, sign]) => sign],
   [/!?\[([^[\]\n]*)\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)\)/y, ([all, text, url], depth) => link(url, text, depth) ?? all],
   [/<?(https?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]}*_])>?/y, ([all, url], depth) => link(url, url, depth) ?? all],
-  [/(\*\*|__)(?=\S)([^\n]*?[^\s\\])\1(?![*_])/y, ([, , text], depth) => make("strong", {}, ...inline(text, depth + 1))],
   [/\*(?=[^\s*])([^*\n]*?[^\s\\*])\*|(?<![\p{L}\d])_(?=[^\s_])([^_\n]*?[^\s\\_])_(?![\p{L}\d])/yu,
     ([, text, other], depth) => make("em", {}, ...inline(text ?? other, depth + 1))],
-  [/~~(?=\S)([^\n]*?\S)~~/y, ([, text], depth) => make("del", {}, ...inline(text, depth + 1))],
 ];
+const PAIRS = { // what opens and closes, where it closes, and what it makes
+  "**": [/(?<=[^\s\\])\*\*(?![*_])/g, "strong"],
+  "__": [/(?<=[^\s\\])__(?![*_])/g, "strong"],
+  "~~": [/(?<=\S)~~/g, "del"],
+};
 const PLAIN = /[^\\`![<h*_~]+/y;
 
 function inline(text, depth = 0) {
-  if (depth > DEEPEST) return [text];
+  if (depth > DEEPEST || text.length > LONGEST) return [text];
   const nodes = [];
+  const known = {}; // where each pattern matches next: it is looked for once, however often asked
+  const next = (name, pattern, from) => {
+    pattern.lastIndex = from;
+    if (!(known[name] >= from)) known[name] = pattern.exec(text)?.index ?? Infinity;
+    return known[name];
+  };
+  const unclosed = new Set(); // lengths of backticks that do not come again
   let plain = "";
   for (let here = 0; here < text.length;) {
     const match = (pattern) => { pattern.lastIndex = here; return pattern.exec(text); };
     let found = match(PLAIN);
     if (found) { plain += found[0]; here += found[0].length; continue; }
     if ((found = match(/`+/y))) {
-      const end = closing(text, here + found[0].length, found[0].length);
-      const inside = text.slice(here + found[0].length, end).replace(/^ (.*\S.*) $/s, "$1");
-      if (end < 0) plain += found[0];
+      const count = found[0].length;
+      const end = unclosed.has(count) ? -1 : closing(text, here + count, count);
+      let inside = end < 0 ? "" : text.slice(here + count, end);
+      if (inside.startsWith(" ") && inside.endsWith(" ") && !blank(inside)) inside = inside.slice(1, -1);
+      if (end < 0) { plain += found[0]; unclosed.add(count); }
       else { nodes.push(plain, make("code", { textContent: inside })); plain = ""; }
       here = (end < 0 ? here : end) + found[0].length;
       continue;
+    }
+    const mark = text.slice(here, here + 2);
+    if (Object.hasOwn(PAIRS, mark) && /\S/.test(text[here + 2] ?? "")) {
+      const [closes, tag] = PAIRS[mark];
+      const end = next(mark, closes, here + 3);
+      if (end < next("\n", /\n/g, here + 2)) {
+        nodes.push(plain, make(tag, {}, ...inline(text.slice(here + 2, end), depth + 1)));
+        [plain, here] = ["", end + 2];
+        continue;
+      }
     }
     const rule = INLINE.find(([pattern]) => (found = match(pattern)));
     if (!rule) { plain += text[here]; here += 1; continue; }

@@ -199,3 +199,33 @@ async def test_no_text_takes_long(page):
             text,
         )
         assert seconds < 1, text[:10]
+
+
+GROWING = {
+    "backticks": lambda n: "`" + " " * 4 * n + "a",
+    "openers": lambda n: "**a " * n,
+    "strikes": lambda n: "~~a " * n,
+    "heading": lambda n: "# " + " " * n + "x" + " " * n + "\r\u2028x",
+    "blanks": lambda n: "- a" + "\n" * 4 * n + "  b",
+    "fence": lambda n: "~" * 8 * n + "`",
+    "rule": lambda n: "a|b\n-" + " " * 8 * n + "x",
+    "table": lambda n: "|" * n + "\n" + "-|" * n + "\n" + "|\n" * n,
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+async def test_time_grows_with_the_text(page, kind):
+    """Four times the text takes about four times as long, not sixteen times."""
+    small, large = await page.evaluate(
+        """async texts => {
+          const { Markdown } = await import("/static/markdown.js");
+          const took = text => {
+            const start = performance.now();
+            new Markdown(document.createElement("div")).set(text);
+            return performance.now() - start;
+          };
+          return texts.map(text => Math.min(...Array.from({ length: 3 }, () => took(text))));
+        }""",
+        [GROWING[kind](1000), GROWING[kind](4000)],
+    )
+    assert large < 9 * max(small, 2), (small, large)
