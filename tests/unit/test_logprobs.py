@@ -43,6 +43,8 @@ from worker.engine.engine import Engine
 from worker.engine.loader import load
 from worker.engine.logprobs import TokenTexts
 from worker.engine.messages import Prompt
+from worker.engine.sampler import BAD_ROW
+from worker.engine.sequence import Sequence
 
 pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be busy
 
@@ -51,6 +53,21 @@ pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be bu
 def loaded():
     folder = ensure_demo_model(ROOT / "models" / "demo-fast")
     return load(config(folder), lambda _stage, _fraction: None)
+
+
+def test_a_row_that_is_drawn_again_is_scored_once(loaded, monkeypatch):
+    """Where one row's scores cannot be made, it fails alone, and the others' are not doubled."""
+    drawer = Engine(loaded, 4).drawer
+    rows = [
+        Sequence(i, text_prompt(3), SamplingParams(temperature=0, logprobs=1), (), 100)
+        for i in range(3)
+    ]
+    logits = torch.zeros(3, drawer.masks._vocab_size)
+    logits[range(3), [20, 30, 40]] = 9.0
+    of = drawer._scorer._texts.of
+    monkeypatch.setattr(drawer._scorer._texts, "of", lambda t: of(t) if t != 30 else 1 / 0)
+    assert drawer.draw(logits, rows) == [20, BAD_ROW, 40]
+    assert [len(row.scores) for row in rows] == [1, 0, 1]
 
 
 @pytest.fixture(scope="module")

@@ -99,13 +99,16 @@ class Scorer:
         order = np.lexsort((ids, -values), axis=1)  # `topk` leaves equal ones to chance
         listed = _listed(torch.from_numpy(np.take_along_axis(values, order, 1)))
         names = np.take_along_axis(ids, order, 1).tolist()
-        of = self._texts.of
+        of, made = self._texts.of, []
         for at, i in enumerate(asked):
             count = rows[i].sampling.logprobs or 0
             pairs = zip(listed[at][:count], names[at][:count], strict=True)
-            scores = TokenScores(
-                Scored(chosen[at][0], of(tokens[i])), tuple(Scored(p, of(t)) for p, t in pairs)
+            made.append(
+                TokenScores(
+                    Scored(chosen[at][0], of(tokens[i])), tuple(Scored(p, of(t)) for p, t in pairs)
+                )
             )
+        for i, scores in zip(asked, made, strict=True):  # all or none: a row may be tried again
             waiting = rows[i].scores
             assert waiting is not None  # noqa: S101 - `asked` says so
             waiting.append(scores)
