@@ -15,6 +15,7 @@ from gateway.json_schema import check_schema
 from shared.errors import UnbrokenError
 from shared.protocol import SamplingParams
 from tests.engine_kit import Driver, Engine, config, text_prompt
+from worker.engine.engine import GRAMMAR_FAILED, LOG_FAILED
 from worker.engine.loader import load
 from worker.engine.messages import AnswerForm
 from worker.forms import FormChecker
@@ -227,6 +228,22 @@ def test_a_thought_ends_with_its_budget(engine, loaded, budget):
     assert driver.ids(1)[: budget + 1] == [*free.ids(1)[:budget], close]
     assert driver.last(1).reasoning_tokens == budget + 1
     assert driver.last(1).completion_tokens == len(driver.ids(1))
+
+
+def test_a_grammar_that_gives_up_fails_its_sequence(engine):
+    """Neither in the middle nor in what a successor reads does it count as the answer's end."""
+    wrong = run(engine, (prompt(form(), 7), sampling())).ids(1)[3:] * 2
+    again = run(engine, (prompt(form(), 7), sampling(), wrong), (prompt(form(), 8), sampling()))
+    assert again.last(1).error == ("generation_failed", LOG_FAILED)
+    assert again.last(2).finish == "stop"
+    driver = Driver(engine)
+    driver.add(1, prompt(form(), 7), sampling())
+    for _ in range(4):
+        driver.step()
+    engine.scheduler.find(1).constraint.matcher().consume_tokens(wrong)
+    driver.drain()
+    assert driver.last(1).finish is None
+    assert driver.last(1).error == ("generation_failed", GRAMMAR_FAILED)
 
 
 def hang():

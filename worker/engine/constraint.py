@@ -124,7 +124,10 @@ class Constraint:
     @property
     def done(self) -> bool:
         """Whether the answer is complete, so that nothing can follow."""
-        return self.has_mask and bool(self.matcher().is_stopped())
+        if not self.has_mask:
+            return False
+        stopped = bool(self.matcher().is_stopped())
+        return stopped and not self.failed  # one that has given up is "stopped" as well
 
     @property
     def has_mask(self) -> bool:

@@ -37,6 +37,7 @@ NO_MEMORY = "There is not enough memory to go on with this sequence."
 DECODE_FAILED = "The model could not compute the next token."
 PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
+LOG_FAILED = "The answer so far does not follow its format."
 GRAMMAR_FAILED = "The answer's format has become too complex to be followed."
 TEXT_FAILED = "The next token could not be turned into text."
 
@@ -178,7 +179,10 @@ class Engine:
         outfit(sequence, self.loaded.tokenizer, self.tokens)
         if not sequence.output_ids:
             return False
-        return bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
+        done = bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
+        if not done and sequence.constraint and sequence.constraint.failed:
+            raise UnbrokenError(FAILED, LOG_FAILED)
+        return done
 
     def _cancel(self, cancel: Cancel) -> None:
         sequence = self.scheduler.find(cancel.handle)

@@ -18,7 +18,7 @@ def outfit(sequence: Sequence, tokenizer: Any, tokens: Tokens) -> None:
     """Outfit a sequence, and let it all read the tokens that it has from the log.
 
     Raises:
-        ValueError: its grammar does not allow these tokens, or there is none for this tokenizer.
+        ValueError: there are no grammars for this tokenizer.
     """
     sampling, prompt = sequence.sampling, sequence.prompt
     form = prompt.form
@@ -37,5 +37,3 @@ def outfit(sequence: Sequence, tokenizer: Any, tokens: Tokens) -> None:
     sequence.detokenizer.replay(sequence.output_ids, constraint.push)
     if sequence.scores is not None:
         sequence.detokenizer.marks = []
-    if constraint.failed:
-        raise ValueError("the log does not follow the grammar")
