@@ -47,13 +47,14 @@ class FormChecker:
 
         Raises:
             UnbrokenError: `invalid_value`, naming the field at fault, where it cannot; or where
-                finding out takes too long.
+                finding out takes too long, twice. The latter is not remembered: it may be the
+                machine's fault.
         """
         if not (form.schema or form.required):
             return
         name = hashlib.sha256(repr(form).encode()).digest()  # forms may be megabytes
         if name not in self._known:
-            outcome = await self._try(form)
+            outcome = await self._judge(form)
             while len(self._known) >= KNOWN_FORMS:
                 del self._known[next(iter(self._known))]
             self._known[name] = outcome
@@ -61,18 +62,28 @@ class FormChecker:
         if error:
             raise UnbrokenError(error.code, error.message, error.param)
 
-    async def _try(self, form: AnswerForm) -> UnbrokenError | None:
+    async def _judge(self, form: AnswerForm) -> UnbrokenError | None:
         param = "response_format" if form.schema else "tools"
         try:
-            await self._pool.call(form)
+            await self._try(form)
         except UnbrokenError as error:
             return error
-        except (ChildDied, ChildError):
-            return UnbrokenError(
-                "invalid_value", f"'{param}' is too complex to be followed.", param
-            )
+        except ChildDied:
+            raise _too_complex(param) from None
+        except ChildError:
+            return _too_complex(param)
         except (PoolFull, StartFailed):
             raise UnbrokenError(
                 "unavailable", "The worker cannot prepare prompts now.", retry_after=1
             ) from None
         return None
+
+    async def _try(self, form: AnswerForm) -> None:
+        try:
+            await self._pool.call(form)
+        except ChildDied:  # out of time or memory, perhaps because of others
+            await self._pool.call(form)
+
+
+def _too_complex(param: str) -> UnbrokenError:
+    return UnbrokenError("invalid_value", f"'{param}' is too complex to be followed.", param)

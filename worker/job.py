@@ -206,7 +206,8 @@ class SessionJob:
         Raises:
             UnbrokenError: the request is at fault, or its media are no longer what they were.
         """
-        task = asyncio.ensure_future(self._parts.prompts.build(request))
+        build = self._parts.prompts.build(request, begun=any(map(any, self._counts.values())))
+        task = asyncio.ensure_future(build)
         try:
             either: set[asyncio.Future[Any]] = {task, self._interrupted}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -322,11 +323,10 @@ class SessionJob:
         return Ending(event, "cancelled" if cancelled else "finished", event.usage)
 
     def _usage(self) -> Usage:
-        counts = self._counts.values()
         return Usage(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=sum(tokens for tokens, _ in counts),
-            reasoning_tokens=sum(thoughts for _, thoughts in counts),
+            completion_tokens=sum(tokens for tokens, _ in self._counts.values()),
+            reasoning_tokens=sum(thoughts for _, thoughts in self._counts.values()),
             # The other choices share the first one's prefill.
             cached_tokens=self._last[0].cached_tokens if 0 in self._last else 0,
         )

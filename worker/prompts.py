@@ -119,8 +119,14 @@ class PromptBuilder:
         if not self._ready:
             raise UnbrokenError("model_not_ready", self._failed or "The model is not loaded.")
 
-    async def build(self, request: GenerationRequest) -> tuple[Prompt, tuple[str, ...]]:
+    async def build(
+        self, request: GenerationRequest, *, begun: bool = False
+    ) -> tuple[Prompt, tuple[str, ...]]:
         """Prepare a request's prompt.
+
+        Args:
+            request: of the session.
+            begun: whether it has tokens already, so that its form is known to be good.
 
         Returns:
             The prompt, and the content hash of each media part in order.
@@ -138,7 +144,8 @@ class PromptBuilder:
             decoded.append(await self._decode(item, file))
             self._check_pixels(decoded, item)
         prompt = await self._process(request, decoded)
-        await self._forms.check(prompt.form)
+        if not begun:
+            await self._forms.check(prompt.form)
         return prompt, hashes
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ from gateway.json_schema import check_schema
 from shared.errors import UnbrokenError
 from shared.protocol import SamplingParams
 from tests.engine_kit import Driver, Engine, config, text_prompt
+from worker.child import ChildDied, ChildTimeout
 from worker.engine.engine import GRAMMAR_FAILED, LOG_FAILED
 from worker.engine.loader import load
 from worker.engine.messages import AnswerForm
@@ -250,6 +251,28 @@ def hang():
     return {"allOf": [{"type": "string", "pattern": f".*[a-m].{{{i}}}x.*"} for i in range(30)]}
 
 
+class ScriptedPool:
+    """Ends each call as it is told."""
+
+    def __init__(self, *ends):
+        self.ends = list(ends)
+
+    async def call(self, _form):
+        if end := self.ends.pop(0):
+            raise end
+
+
+async def test_a_child_that_ends_is_no_verdict_on_a_form():
+    """One more try follows; after two, the form is refused, but the next request tries again."""
+    checker = FormChecker(1)
+    checker._pool = pool = ScriptedPool(ChildDied(), ChildTimeout(), ChildTimeout(), None)
+    with pytest.raises(UnbrokenError, match="too complex"):
+        await checker.check(form())
+    await checker.check(form())
+    await checker.check(form())  # remembered
+    assert pool.ends == []
+
+
 async def test_bad_schemas_are_refused_in_bounded_time():
     """What the compiler cannot do is a 400 that names the field; one that hangs it, too."""
     checker = FormChecker(1, seconds=2)
@@ -268,7 +291,7 @@ async def test_bad_schemas_are_refused_in_bounded_time():
             | {"type": "object"},
             hang(),
         ):
-            for _again in range(2):  # the outcome is remembered
+            for _again in range(2):  # the compiler's verdict is remembered
                 began = time.monotonic()
                 with pytest.raises(UnbrokenError) as caught:
                     await checker.check(form(schema))

@@ -80,9 +80,10 @@ class ScriptedPrompts:
     """Prepares any prompt; `failures` are raised before."""
 
     def __init__(self):
-        self.failures = []
+        self.failures, self.begun = [], []
 
-    async def build(self, _request):
+    async def build(self, _request, *, begun=False):
+        self.begun.append(begun)
         if self.failures:
             raise self.failures.pop()
         return Prompt([1, 2, 3]), ()
@@ -297,3 +298,18 @@ async def test_an_output_that_cannot_be_written_ends_its_session(make, log):
     ends = [await ended(log, name) for name in ("bad", "good")]
     assert sorted(record.status for record, _ in ends) == ["failed", "finished"]
     assert worker.engine.running == {}
+
+
+async def test_the_form_of_a_session_with_tokens_is_not_tried_again(make, log):
+    """Its first worker tries it; a successor that goes on behind tokens does not."""
+    first, second = make("w1"), make("w2")
+    first.start()
+    await submit(first.queue, "s")
+    while not (await log.record("s")) or (await log.record("s")).last < 3:
+        await asyncio.sleep(0.005)
+    first.engine.going.clear()
+    await first.consumer.drain(0)
+    second.start()
+    _, text = await ended(log, "s")
+    assert text == WHOLE
+    assert (first.prompts.begun, second.prompts.begun) == ([False], [True])

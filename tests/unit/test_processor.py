@@ -300,6 +300,21 @@ async def test_a_request_becomes_a_prompt(builder, processor):
     assert hashes == tuple(content_hash(file) for file in files)
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_only_a_form_without_tokens_is_tried(builder, monkeypatch):
+    """What has been followed already can be followed."""
+    tried = []
+
+    async def check(form):
+        tried.append(form)
+
+    monkeypatch.setattr(builder._forms, "check", check)
+    await builder.build(request(user("x")), begun=True)
+    assert tried == []
+    await builder.build(request(user("x")))
+    assert len(tried) == 1
+
+
 BAD = {
     "image": ("image", data_url(encode(picture())[:100], "image/png"), "invalid_media"),
     "video": ("video", data_url(encode_video(movie(8))[:300], "video/mp4"), "invalid_media"),
