@@ -397,7 +397,7 @@ def add_media(post):
 def add_chats(post):
     """Add fields, messages and bodies."""
     for fields in FIELDS:
-        post(f"field {json.dumps(fields)[:60]}", text("x", **fields))
+        post(f"field {json.dumps(fields)[:140]}", text("x", **fields))
     for number, messages in enumerate(MESSAGES):
         post(f"messages {number}: {json.dumps(messages)[:50]}", {"messages": messages})
     for name, body in FINE.items():
