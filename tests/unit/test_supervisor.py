@@ -47,6 +47,7 @@ def test_a_killed_redis_comes_back_with_what_it_had(tmp_path):
         run.start_redis(stack, sys.executable)
         [part] = stack.of("redis")
         with redis.Redis.from_url(stack.redis_url) as client:
+            client.config_set("appendfsync", "always")  # else a last write may wait for an fsync
             client.set("kept", "yes", ex=600)
             client.incr("count")
             os.kill(killed := part.pid, signal.SIGKILL)
