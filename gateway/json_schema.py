@@ -122,6 +122,9 @@ def _count(schema: Any, where: str) -> int:
             if isinstance(node, dict):
                 if "x-guidance" in node:
                     raise _wrong(where, "has 'x-guidance', which is not supported")
+                target = node.get("$ref")
+                if isinstance(target, str) and not target.startswith("#"):
+                    raise _wrong(where, "has a '$ref' that leads out of it: nothing is fetched")
                 below += node.values()
                 values = node.get("enum")
                 if isinstance(values, list) and len(values) > MAX_ENUM:

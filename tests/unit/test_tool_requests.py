@@ -101,6 +101,10 @@ def nested(depth):
             "response_format.json_schema.schema",
         ),
         (
+            {"response_format": form({"properties": {"a": {"$ref": "http://127.0.0.1/x"}}})},
+            "response_format.json_schema.schema",
+        ),
+        (
             {"response_format": form({"x-guidance": {"lenient": True}})},
             "response_format.json_schema.schema",
         ),
