@@ -63,3 +63,14 @@ async def until_over(page, seconds=20):
     """Wait until no answer is under way."""
     over = "document.querySelector('.answer') && !document.querySelector('.answer.live')"
     await until(page, over, seconds)
+
+
+async def count_through_kills(page, stack):
+    """Let the page count to 100, and kill worker and gateway with its buttons; until it is over."""
+    await page.goto(f"{stack.url}/#control={stack.state['control']}")
+    await page.wait_for_selector("#controls:not([hidden])")
+    await ask(page, "Count from 1 to 100.")
+    for part, events in (("worker", 60), ("gateway", 130)):
+        await until(page, f"document.querySelectorAll('.ticks i').length > {events}", 60)
+        await page.click(f"[data-kill={part}]")
+    await until_over(page, 90)

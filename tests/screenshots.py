@@ -7,9 +7,7 @@ meanwhile; `phone` a real gateway, to which a script answers: the demo model kno
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +17,8 @@ from PIL import Image
 import run
 from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
-from tests.page_kit import ask, browser_context, until, until_over
+from tests.own_redis import OwnRedis
+from tests.page_kit import ask, browser_context, count_through_kills, until, until_over
 from tests.scripted import ScriptedWorker
 from tests.stack import ROOT, Stack
 
@@ -58,22 +57,17 @@ async def killed_twice(folder, path):
     with Stack(folder / "data", workers=2, model=run.DEMO_MODEL, env=env) as stack:
         async with browser_context(**DESKTOP, color_scheme="light") as context:
             page = await context.new_page()
-            await page.goto(f"{stack.url}/#control={stack.state['control']}")
-            await page.wait_for_selector("#controls:not([hidden])")
-            await ask(page, "Count from 1 to 100.")
-            for part, events in (("worker", 60), ("gateway", 130)):
-                await until(page, f"document.querySelectorAll('.ticks i').length > {events}", 60)
-                await page.click(f"[data-kill={part}]")
-            await until(page, "document.querySelector('.ticks .takeover')", 60)
-            await until_over(page, 90)
+            await count_through_kills(page, stack)
+            await until(page, "document.querySelector('.ticks .takeover')", 5)
             await picture(page, path)
 
 
 async def markdown_on_a_phone(folder, path):
     """An answer in Markdown on a phone, in the dark."""
-    with own_redis(folder) as url:
-        gateway = GatewayProcess(url, folder)
-        worker = ScriptedWorker(Store(connect(url)), "f3a91c", "a script")
+    server = OwnRedis(folder)
+    gateway = GatewayProcess(server.url, folder)
+    try:
+        worker = ScriptedWorker(Store(connect(server.url)), "f3a91c", "a script")
         await worker.announce()
         async with browser_context(**PHONE, color_scheme="dark") as context:
             page = await context.new_page()
@@ -86,20 +80,10 @@ async def markdown_on_a_phone(folder, path):
             await worker.announce()
             await until_over(page)
             await picture(page, path)
-        gateway.stop()
         await worker.store.close()
-
-
-@contextlib.contextmanager
-def own_redis(folder):
-    """Run a Redis that keeps nothing; yields its URL."""
-    port = run.free_port()
-    (folder / "redis.conf").write_text(run.REDIS_CONF.format(port=port, password="picture"))
-    argv = [run.find_redis(sys.executable), "redis.conf"]
-    server = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL)
-    yield f"redis://:picture@127.0.0.1:{port}/0"
-    server.terminate()
-    server.wait()
+    finally:
+        gateway.stop()
+        server.kill()
 
 
 PICTURES = {"page": killed_twice, "phone": markdown_on_a_phone}

@@ -10,7 +10,7 @@ import run
 from tests.conftest import TEST_ENV
 from tests.media_samples import encode, encode_video
 from tests.oracle import Oracle, image_part, text_part, video_part
-from tests.page_kit import CHROMIUM, ask, browser_context, text_of, until, until_over
+from tests.page_kit import CHROMIUM, browser_context, count_through_kills, text_of
 from tests.stack import Stack
 from worker.demo_corpus import COLOURS
 
@@ -135,13 +135,7 @@ async def test_a_count_to_100_survives_the_visitor(tmp_path, truthful_model):
     with Stack(tmp_path / "data", workers=2, model=run.DEMO_MODEL, env=env) as stack:
         async with browser_context() as context:
             page = await context.new_page()
-            await page.goto(f"{stack.url}/#control={stack.state['control']}")
-            await page.wait_for_selector("#controls:not([hidden])")
-            await ask(page, "Count from 1 to 100.")
-            for part, events in (("worker", 60), ("gateway", 130)):
-                await until(page, f"document.querySelectorAll('.ticks i').length > {events}", 60)
-                await page.click(f"[data-kill={part}]")
-            await until_over(page, 90)
+            await count_through_kills(page, stack)
             assert await text_of(page) == ", ".join(map(str, range(1, 101)))
             assert await text_of(page, ".thought p") == "I count from 1 to 100."
             marks = " ".join(await page.locator(".ticks b").all_text_contents())
