@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import UnbrokenError
+from shared.errors import invalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,9 +47,9 @@ class SchemaBudget:
         self.nodes -= nodes
         self.characters -= characters
         if self.nodes < 0:
-            raise _wrong(where, f"makes more than {MAX_ALL_NODES} parts in all schemas together")
+            raise invalid(where, f"makes more than {MAX_ALL_NODES} parts in all schemas together")
         if self.characters < 0:
-            raise _wrong(
+            raise invalid(
                 where, f"makes more than {MAX_ALL_CHARACTERS} characters in all schemas together"
             )
 
@@ -75,7 +75,7 @@ def parse_format(
     if kind == "json_object":
         return check_schema({"type": "object"}, where, budget)
     if kind != "json_schema":
-        raise _wrong(where, "must be of type 'text', 'json_object' or 'json_schema'")
+        raise invalid(where, "must be of type 'text', 'json_object' or 'json_schema'")
     flat = where != "response_format"  # the Responses API has no object of its own for it
     inner = given if flat else given.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, dict) else None
@@ -83,7 +83,7 @@ def parse_format(
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
-        raise _wrong(path, "must be a JSON Schema")
+        raise invalid(path, "must be a JSON Schema")
     return check_schema(schema, path, budget)
 
 
@@ -97,15 +97,11 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
     nodes = _count(schema, where)
     text = json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_CHARACTERS:
-        raise _wrong(where, f"has more than {MAX_CHARACTERS} characters")
+        raise invalid(where, f"has more than {MAX_CHARACTERS} characters")
     (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))
     if not _ends(schema):
-        raise _wrong(where, "contains itself without an end")
+        raise invalid(where, "contains itself without an end")
     return text
-
-
-def _wrong(where: str, why: str) -> UnbrokenError:
-    return UnbrokenError("invalid_value", f"'{where}' {why}.", where)
 
 
 def _count(schema: Any, where: str) -> int:
@@ -114,21 +110,21 @@ def _count(schema: Any, where: str) -> int:
     while level:
         nodes, depth = nodes + len(level), depth + 1
         if nodes > MAX_NODES:
-            raise _wrong(where, f"has more than {MAX_NODES} parts")
+            raise invalid(where, f"has more than {MAX_NODES} parts")
         if depth > 2 * MAX_DEPTH:  # a property takes two levels
-            raise _wrong(where, f"is nested more than {MAX_DEPTH} deep")
+            raise invalid(where, f"is nested more than {MAX_DEPTH} deep")
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
                 if "x-guidance" in node:
-                    raise _wrong(where, "has 'x-guidance', which is not supported")
+                    raise invalid(where, "has 'x-guidance', which is not supported")
                 target = node.get("$ref")
                 if isinstance(target, str) and not target.startswith("#"):
-                    raise _wrong(where, "has a '$ref' that leads out of it: nothing is fetched")
+                    raise invalid(where, "has a '$ref' that leads out of it: nothing is fetched")
                 below += node.values()
                 values = node.get("enum")
                 if isinstance(values, list) and len(values) > MAX_ENUM:
-                    raise _wrong(where, f"has an enum of more than {MAX_ENUM} values")
+                    raise invalid(where, f"has an enum of more than {MAX_ENUM} values")
             else:
                 below += node
         level = [node for node in below if isinstance(node, (dict, list))]

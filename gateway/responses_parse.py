@@ -21,8 +21,8 @@ from gateway.openai import (
     validate,
 )
 from gateway.reasoning import BUDGETS
-from gateway.tools import called, invalid, parse_tools
-from shared.errors import UnbrokenError
+from gateway.tools import called, parse_tools
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import GenerationRequest, Message, ResponseParams, TextPart
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import re
 from typing import Any, cast
 
 from gateway.json_schema import SchemaBudget, check_schema
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import Function, ToolCall, Tools
 
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -45,11 +45,6 @@ def parse_tools(body: dict[str, Any], budget: SchemaBudget, *, nested: bool = Tr
     if choice == "none" or not functions:
         return None
     return Tools(functions, cast("Any", choice), only, parallel is not False)
-
-
-def invalid(param: str, why: str) -> UnbrokenError:
-    """Return the 400 for a field of the wrong kind."""
-    return UnbrokenError("invalid_value", f"'{param}' {why}.", param)
 
 
 def _function(tool: Any, where: str, budget: SchemaBudget, *, nested: bool) -> Function:

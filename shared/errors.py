@@ -73,3 +73,8 @@ class UnbrokenError(Exception):
                 "code": self.code,
             }
         }
+
+
+def invalid(param: str, why: str) -> UnbrokenError:
+    """Return the 400 for a field that is not what it must be."""
+    return UnbrokenError("invalid_value", f"'{param}' {why}.", param)
