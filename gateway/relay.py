@@ -14,22 +14,22 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from gateway.channel import HUB_EVENTS, Channel, in_parts, next_entries, push_all
-from gateway.wire import connect, pack
 from shared import keys
 from shared.errors import UnbrokenError
 from shared.presence import REFRESH_SECONDS
 from shared.session_log import Entry
 from shared.store import UNAVAILABLE
 from shared.tasks import stop
+from shared.wire import connect, pack
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from gateway.channel import Item, Viewer, Writes
-    from gateway.wire import Wire
     from shared.presence import Presence
     from shared.session_log import SessionLog
     from shared.store import Store
+    from shared.wire import Wire
 
 log = logging.getLogger("unbroken.relay")
 

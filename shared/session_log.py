@@ -175,7 +175,7 @@ class SessionLog:
         for item in batch:
             names += (keys.session(item.session_id), keys.events(item.session_id))
             args += (item.session_id, item.lease, item.first, len(item.events), *item.events)
-        reply: list[int] = await self._store.run("append", names, args)
+        reply: list[int] = await self._store.express("append", names, args)
         return reply
 
     async def finish(

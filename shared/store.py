@@ -23,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared import sentinel
+from shared.express import Express
 from shared.metrics import REDIS_SECONDS
 
 LUA = Path(__file__).parent / "lua"
@@ -132,6 +133,7 @@ class Store:
         self._scripts: dict[str, AsyncScript] = {
             path.stem: redis.register_script(path.read_text()) for path in LUA.glob("*.lua")
         }
+        self._express = Express(redis)
 
     async def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
         """Run the script `shared/lua/<script>.lua`; returns what Redis replies, as bytes and ints.
@@ -148,6 +150,18 @@ class Store:
                 raise RefusedError(str(error)) from None
             raise
 
+    async def express(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        """Run a script in half the time, as `run` does; it may be run twice, and returns no null.
+
+        Raises:
+            RefusedError: Redis takes no writes for now.
+            RedisError: the connection is lost for good, or the script failed.
+        """
+        with REDIS_SECONDS.labels(script).time():
+            reply = await self._express.run(self._scripts[script].sha, keys, args)
+        return await self.run(script, keys, args) if reply is None else reply
+
     async def close(self) -> None:
         """Close all connections."""
+        self._express.close()
         await self.redis.aclose()

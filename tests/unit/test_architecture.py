@@ -29,6 +29,7 @@ SHARED_MAY = {
     "pydantic_settings",
     "msgspec",
     "redis",
+    "hiredis",
     "arq",
     "prometheus_client",
     *sys.stdlib_module_names,

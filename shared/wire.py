@@ -1,4 +1,4 @@
-"""A bare connection to Redis for the relay's two hot paths: replies go to callbacks, not to tasks.
+"""A bare connection to Redis for the hot paths: replies go to callbacks, not to tasks.
 
 redis-py stays the client for everything else; this one takes its addresses and credentials from it.
 """
