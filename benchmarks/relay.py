@@ -85,18 +85,23 @@ def pairs(folder: Path, loads: list[Load]) -> list[Row]:
     return [(load, measure_gateways(folder, load), measure_bare(load)) for load in loads]
 
 
-def processors_awake(folder: Path, args: argparse.Namespace) -> str:
-    """Say what latency is left where no processor sleeps, which idle virtual ones do."""
-    load = Load(FEW, args.rate, args.seconds, args.batch)
-    with parts.awake():
-        ours, bare = measure_gateways(folder, load), measure_bare(load)
-    return (
-        f"- With processors that never sleep (loops of the lowest priority), {FEW} streams: p50 / "
-        f"p99 {ours.quantile(0.5):.1f} / {ours.quantile(0.99):.1f} ms, the bare server "
-        f"{bare.quantile(0.5):.1f} / {bare.quantile(0.99):.1f} ms. The difference to the table is "
-        "what sleeping processors take to wake: an event passes four processes (worker, Redis, "
-        "gateway, client), the bare server's passes two."
-    )
+def bursts(folder: Path, args: argparse.Namespace) -> Iterator[str]:
+    """Yield what latency the same events have when fewer sessions share a worker's step.
+
+    Each size is measured twice, the second time where no processor sleeps, which idle virtual ones
+    do: an event passes four processes (worker, Redis, gateway, client), the bare server's two.
+    """
+    yield f"Latency at {FEW} x {args.rate:g} by the sessions that share a step (p50 / p99 ms):"
+    yield ""
+    yield "| sessions | gateway | bare | gateway, processors awake | bare, processors awake |"
+    yield "|" + "---|" * 5
+    for batch in sorted({args.batch // 4 or 1, args.batch // 2 or 1, args.batch}):
+        load = Load(FEW, args.rate, args.seconds, batch)
+        asleep = measure_gateways(folder, load), measure_bare(load)
+        with parts.awake():
+            awake = measure_gateways(folder, load), measure_bare(load)
+        cells = (f"{m.quantile(0.5):.1f} / {m.quantile(0.99):.1f}" for m in (*asleep, *awake))
+        yield f"| {batch} | {' | '.join(cells)} |"
 
 
 def slow_readers(folder: Path, args: argparse.Namespace) -> str:
@@ -173,12 +178,13 @@ def report(args: argparse.Namespace, rows: list[Row]) -> Iterator[str]:
         yield ""
         yield growth(same)
         yield ""
+        yield from bursts(folder, args)
+        yield ""
         longest = max(max(ours.gc_ms, ours.gc_start_ms) for _, ours, _ in rows)
         yield (
             f"- The gateways' longest pause for the garbage collector: {longest:.1f} ms, the "
             "opening of all streams included."
         )
-        yield processors_awake(folder, args)
         yield slow_readers(folder, args)
         yield two_gateways(folder, args)
         middle = min(rows[: len(args.streams)], key=lambda row: abs(row[0].streams - MIDDLE))
