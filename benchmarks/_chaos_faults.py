@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from shared import keys
 from shared.fleet import WorkerInfo
-from shared.queue import LEASE_MS
+from worker.lifeline import LOOK_SECONDS, MISSES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,7 +210,7 @@ class Faults:
         streams = self.streams()
         if part.kind == "gateway":
             return [s for s in streams if s.port == part.port]
-        patience = LEASE_MS / 2000  # a dead worker's leases stand that long at least
+        patience = LOOK_SECONDS * MISSES / 2  # a dead worker's leases stand that long at least
         known = [s for s in streams if s.session_id]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:

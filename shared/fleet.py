@@ -10,6 +10,8 @@ import msgspec
 from shared import keys
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shared.store import Store
 
 ANNOUNCE_SECONDS = 1.0
@@ -46,7 +48,7 @@ class Fleet:
     """The register of live workers."""
 
     def __init__(self, store: Store) -> None:
-        self._redis = store.redis
+        self._store, self._redis = store, store.redis
 
     async def announce(self, info: WorkerInfo) -> None:
         """Say that a worker lives, and what it does; to be repeated every `ANNOUNCE_SECONDS`.
@@ -80,6 +82,20 @@ class Fleet:
             await self._redis.zrem(keys.WORKERS, *gone)
         found = [_parse(value) for value in values if value is not None]
         return [worker for worker in found if worker is not None]
+
+    async def lifelines(self, worker_ids: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Return the ids of all registered workers, and which of these hold their lifelines."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.zrange(keys.WORKERS, 0, -1)
+            pipe.pubsub_numsub(*map(keys.lifeline, worker_ids))
+            known, counts = await pipe.execute()
+        held = {i for i, (_, count) in zip(worker_ids, counts, strict=True) if count}
+        return [i.decode(errors="replace") for i in known], held
+
+    async def bury(self, worker_id: str) -> int:
+        """Let the leases of a worker without a lifeline run out now; returns how many did."""
+        args = [worker_id, keys.lifeline(worker_id), keys.SESSION, keys.WORK_BELL, keys.LIVE_TTL]
+        return int(await self._store.run("bury", [keys.LEASES], args))
 
 
 def _parse(value: bytes) -> WorkerInfo | None:

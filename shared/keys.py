@@ -24,6 +24,7 @@ OUTBOX = "unbroken:outbox"
 SWEEP = "unbroken:sweep"
 WORK_BELL = "unbroken:bell:work:"
 EVENT_BELL = "unbroken:bell:events:"
+LIFELINE = "unbroken:bell:life:"
 
 LIVE_TTL = 24 * 3600
 """Seconds a queued or running session and the shared structures outlive their last touch."""
@@ -90,3 +91,8 @@ def live_sessions(owner: str) -> str:
 def worker(worker_id: str) -> str:
     """String with a TTL: what a live worker says of itself."""
     return WORKER + worker_id
+
+
+def lifeline(worker_id: str) -> str:
+    """Channel: a worker is subscribed to it as long as its process lives; it carries nothing."""
+    return LIFELINE + worker_id

@@ -17,6 +17,7 @@ from arq.worker import Worker, func
 
 from shared import keys, logs, metrics
 from shared.errors import UnbrokenError
+from shared.fleet import Fleet
 from shared.overdue import Overdue
 from shared.presence import SWEEP_SECONDS, Sweeper
 from shared.queue import (
@@ -31,6 +32,7 @@ from shared.store import FAILED, UNAVAILABLE, Outage, is_wrong_type
 from shared.tasks import stop
 from worker.handover import hand_over
 from worker.job import SessionJob
+from worker.lifeline import LOOK_SECONDS, Lifeline, Watch
 from worker.parts import GiveBack, LeaseLost
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ class LeasedWorker(Worker):
         self._jobs: dict[str, SessionJob] = {}
         self._sweeper = Sweeper(store, queue, presence)
         self._overdue = Overdue(queue, queue_timeout_seconds)
+        self._lifeline = Lifeline(store.redis, worker_id)
+        self._watch = Watch(worker_id, Fleet(store), self._lifeline)
         self._loops: list[asyncio.Task[None]] = []
         self._pulse = pulse
         self._renewed = time.monotonic()
@@ -133,9 +137,11 @@ class LeasedWorker(Worker):
             (SIGNAL_SECONDS, self._read_signals),
             (SWEEP_SECONDS, self._sweeper.sweep),
             (SWEEP_SECONDS, self._overdue.sweep),
+            (LOOK_SECONDS, self._watch.look),
         ):
             self._loops.append(asyncio.create_task(_forever(seconds, step), name=step.__name__))
         self._loops.append(asyncio.create_task(self._pulse.run(), name="pulse"))
+        self._loops.append(asyncio.create_task(self._lifeline.run(), name="lifeline"))
         outage = Outage(log, "no sessions can be claimed")
         while True:
             await self.can_claim.wait()

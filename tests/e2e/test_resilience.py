@@ -134,6 +134,22 @@ async def test_an_engine_that_dies_or_hangs_costs_its_sessions_only_time(
     wait_until(lambda: Stack.workers_seen(stack.url) == 2, "the engine is back", 100)
 
 
+async def test_a_killed_worker_is_missed_whatever_its_lease_says(stack, store, client):
+    """Its connection is closed with it: another goes on, though the lease stands for an hour."""
+    undisturbed = await client.post("/v1/chat/completions", json=body())
+    wait_until(lambda: Stack.workers_seen(stack.url) == 2, "two workers are ready", 100)
+    task = await begin(client, store, "missed")
+    worker = await owner(stack, store, "missed")
+    pid = stack.kill("workers", worker, signal.SIGSTOP)  # it renews no more
+    now, _micros = await store.redis.time()
+    await store.redis.zadd(keys.LEASES, {"missed": (now + 3600) * 1000}, xx=True)
+    os.kill(pid, signal.SIGKILL)
+    answer = await task
+    assert message(answer) == message(undisturbed)
+    assert (await client.get("/v1/sessions/missed")).json()["takeovers"] == 1
+    wait_until(lambda: Stack.workers_seen(stack.url) == 2, "the worker is back", 100)
+
+
 async def test_running_sessions_survive_an_emptied_redis(store, client):
     """FLUSHALL under a stream: its client sees nothing of it, and the log is whole."""
     undisturbed = await client.post("/v1/chat/completions", json=body())

@@ -13,9 +13,11 @@ import pytest
 import run
 from shared import keys
 from shared.store import Store, connect
+from shared.tasks import stop
 from tests.integration.test_redis_restart import read_stream
 from tests.scripted import ScriptedWorker
 from tests.served import serving
+from worker.lifeline import Lifeline
 
 CERTIFICATE = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
 CERTIFICATE += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -83,4 +85,20 @@ async def test_a_stream_over_such_a_connection_is_whole(linked):
     ids = [event.split("\n")[0] for event in events if event.startswith("id:")]
     assert ids == [f"id: s:{n}" for n in range(42)]
     assert events[-1] == "data: [DONE]"
+    await store.close()
+
+
+async def test_a_lifeline_over_such_a_connection_is_held_and_made_anew(linked):
+    """Each worker has one, which comes back after Redis has closed it."""
+    store = Store(connect(linked))
+    lifeline = Lifeline(store.redis, "w")
+    running = asyncio.create_task(lifeline.run())
+    for breaks in range(2):
+        while (await store.redis.pubsub_numsub(keys.lifeline("w")))[0][1] == 0:
+            await asyncio.sleep(0.01)
+        assert lifeline.breaks == breaks
+        await store.redis.client_kill_filter(_type="pubsub")
+        while lifeline.breaks == breaks:
+            await asyncio.sleep(0.01)
+    await stop(running)
     await store.close()
