@@ -25,7 +25,7 @@ from shared.store import is_wrong_type
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from shared.protocol import Event
+    from shared.protocol import Channel, Event
     from shared.store import Store
 
 FENCED, LOG_LOST, REFUSED = -1, -2, -3
@@ -209,6 +209,18 @@ def tally(entries: Sequence[Entry], prompt_tokens: int) -> Usage:
         sum(len(delta.ids) for delta in deltas),
         sum(len(delta.ids) for delta in deltas if delta.channel == "reasoning"),
     )
+
+
+def replay(
+    entries: Sequence[Entry], choices: int, channel: Channel | None = None
+) -> list[tuple[int, ...]]:
+    """Return the token ids that the log holds for each choice, in order; of one channel, or all."""
+    ids: list[list[int]] = [[] for _ in range(choices)]
+    for entry in entries:
+        event = decode_event(entry.data)
+        if isinstance(event, Generated) and channel in (None, event.channel):
+            ids[event.choice] += event.ids
+    return [tuple(i) for i in ids]
 
 
 @contextlib.contextmanager

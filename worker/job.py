@@ -11,8 +11,9 @@ import msgspec
 
 from shared import protocol
 from shared.errors import UnbrokenError
-from shared.protocol import CallDelta, Delta, Failed, Finished, Generated, ScoredDelta, Usage
+from shared.protocol import CallDelta, Delta, Failed, Finished, ScoredDelta, Usage
 from shared.queue import RENEW_SECONDS
+from shared.session_log import replay
 from shared.store import FAILED
 from worker.engine.messages import Add
 from worker.meter import RunMeter, attributes, failed
@@ -22,9 +23,9 @@ from worker.publisher import Ending
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shared.protocol import CancelReason, Channel, FinishReason, GenerationRequest
+    from shared.protocol import CancelReason, FinishReason, GenerationRequest
     from shared.queue import Claimed
-    from shared.session_log import Entry, SessionRecord
+    from shared.session_log import SessionRecord
     from worker.engine.messages import Output, Piece, Prompt
     from worker.parts import Parts
     from worker.publisher import SessionWriter
@@ -35,7 +36,7 @@ CLAIMS_PER_ATTEMPT = 4
 """So many claims count as an attempt, since a worker may die before its engine has begun."""
 
 FREE_CLAIMS = 2
-"""A session that has been claimed more often, without a new token, is tried alone."""
+"""A session that has been claimed more often, without a new token, is prepared and tried alone."""
 
 NOT_NOW = ("unavailable", "model_not_ready")
 """Codes of what this worker cannot do for the moment, whatever the request."""
@@ -148,7 +149,7 @@ class SessionJob:
         try:
             request, generated = await self._load(record)
             self._check_attempts(record)
-            prompt = await self._prepare(request, record)
+            prompt = await self._prepare_in_turn(request, record)
             if prompt is None:
                 return self._ending(request.sampling.n)
             trial = record.attempts > 0 or record.claims > FREE_CLAIMS
@@ -199,6 +200,16 @@ class SessionJob:
     async def _count_attempt(self) -> None:
         with contextlib.suppress(*FAILED):  # what is not counted now is so by its claims
             await self._parts.queue.attempt(self.claimed)
+
+    async def _prepare_in_turn(
+        self, request: GenerationRequest, record: SessionRecord
+    ) -> Prompt | None:
+        """Prepare; one whose workers died again and again does so alone, and as an attempt."""
+        if record.claims <= FREE_CLAIMS:
+            return await self._prepare(request, record)
+        async with self._parts.trials:
+            await self._count_attempt()
+            return await self._prepare(request, record)
 
     async def _prepare(self, request: GenerationRequest, record: SessionRecord) -> Prompt | None:
         """Fetch, decode and tokenize; None if the session is cancelled meanwhile.
@@ -336,15 +347,3 @@ class SessionJob:
             if choice not in self._last:
                 self._parts.engine.abort(handle)
         self._handles.clear()
-
-
-def replay(
-    entries: Sequence[Entry], choices: int, channel: Channel | None = None
-) -> list[tuple[int, ...]]:
-    """Return the token ids that the log holds for each choice, in order; of one channel, or all."""
-    ids: list[list[int]] = [[] for _ in range(choices)]
-    for entry in entries:
-        event = protocol.decode_event(entry.data)
-        if isinstance(event, Generated) and channel in (None, event.channel):
-            ids[event.choice] += event.ids
-    return [tuple(i) for i in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,3 +46,5 @@ class Parts:
         self.log, self.queue, self.publisher = log, queue, publisher
         self.prompts, self.engine = prompts, engine
         self.max_attempts = max_attempts
+        self.trials = asyncio.Lock()
+        """Held while a session is prepared whose workers died before their engines had begun it."""

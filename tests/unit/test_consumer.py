@@ -23,6 +23,7 @@ from shared.store import Store, connect
 from worker import handover
 from worker.consumer import LeasedWorker
 from worker.engine.messages import Output, Piece, Prompt
+from worker.job import FREE_CLAIMS
 from worker.parts import Parts
 from worker.publisher import Publisher
 from worker.pulse import Pulse
@@ -282,6 +283,36 @@ async def test_the_engines_begin_is_counted_and_progress_forgotten(make, log, st
     worker.engine.going.set()
     record, text = await ended(log, "s")
     assert (record.attempts, record.claims, text) == (1, 1, WHOLE)
+
+
+async def test_what_kills_workers_before_their_engines_begin_is_found_out_alone(make, log, store):
+    """After two such deaths, sessions are prepared one at a time, and each run is an attempt."""
+    worker, preparing, going = make(), [], asyncio.Event()
+    build = worker.prompts.build
+
+    async def build_slowly(request, **options):
+        preparing.append(request)
+        await going.wait()
+        return await build(request, **options)
+
+    worker.prompts.build = build_slowly
+    await submit(worker.queue, "a", "b")
+    for _ in range(FREE_CLAIMS):
+        assert len((await worker.queue.claim("dead", 2)).sessions) == 2
+        await store.redis.zadd(keys.LEASES, {"a": 1, "b": 1})
+    worker.start()
+    while not preparing:
+        await asyncio.sleep(0.005)
+    await submit(worker.queue, "c")  # which nobody suspects: it waits for no turn
+    while len(preparing) < 2:
+        await asyncio.sleep(0.005)
+    attempts = {name: (await log.record(name)).attempts for name in "abc"}
+    assert sorted(attempts.values()) == [0, 0, 1]
+    assert attempts["c"] == 0
+    going.set()
+    for name in "abc":
+        record, text = await ended(log, name)
+        assert (record.status, text) == ("finished", WHOLE)
 
 
 async def test_an_output_that_cannot_be_written_ends_its_session(make, log):
