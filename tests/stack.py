@@ -24,13 +24,15 @@ START_SECONDS = 120
 STOP_SECONDS = 40
 
 
-def wait_until(holds: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+def wait_until(
+    holds: Callable[[], Any], what: str, seconds: float = 20, every: float = 0.02
+) -> Any:
     """Poll until `holds()` is truthy, and return that; fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (result := holds()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.02)
+        time.sleep(every)
     return result
 
 

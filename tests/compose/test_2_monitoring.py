@@ -7,8 +7,8 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from tests.compose.kit import Compose, docker
-from tests.stack import ROOT, wait_until
+from tests.compose.kit import Compose, docker, wait_until
+from tests.stack import ROOT
 from tests.unit.test_monitoring import dashboard
 
 DEPLOY = ROOT / "deploy" / "prometheus"

@@ -23,8 +23,8 @@ from tests.compose.kit import (
     PlainStream,
     docker,
     docker_succeeds,
+    wait_until,
 )
-from tests.stack import wait_until
 
 
 def restarts(container: str) -> int:
@@ -115,7 +115,7 @@ def test_streams_survive_a_killed_process(compose: Compose, expected, service: s
 
 def test_a_plain_client_resumes_by_hand_at_another_gateway(compose: Compose) -> None:
     """After a kill, `Last-Event-ID` through the proxy gives the rest, and no more."""
-    tokens, pids = 400, compose.pids("gateway")
+    tokens, pids = 200, compose.pids("gateway")
     whole = PlainStream(compose.url, tokens).read()
     left = PlainStream(compose.url, tokens).read(events=10)
     broken = PlainStream(compose.url, tokens).take(events=5)

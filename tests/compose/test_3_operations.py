@@ -16,10 +16,9 @@ from tests.compose.kit import ENDED_BY_ITSELF, Compose, Load, PlainStream, docke
 from tests.stack import ROOT
 
 
-def roll(compose: Compose, service: str) -> str:
-    options = compose.options
+def roll(compose: Compose, *service: str) -> str:
     done = subprocess.run(
-        [ROOT / "deploy" / "roll", service, *options],
+        [ROOT / "deploy" / "roll", *service, *compose.options],
         cwd=ROOT,
         env=compose.env,
         capture_output=True,
@@ -82,11 +81,12 @@ def test_scaling_up_and_down_under_load(compose: Compose, expected) -> None:
         say("three gateways")
         load.wait(lambda: compose.gateways_in_use() == 3, "the proxy uses the third gateway")
         with (
-            backlog(compose, sessions=16) as waiting,
+            backlog(compose, sessions=12) as waiting,
             autoscaled(compose, "--per-worker=4", "--max=3"),
         ):
+            say(f"{len(waiting)} more sessions")
             load.wait(lambda: compose.healthy("worker", 3), "a third worker")
-            say(f"three workers for {len(waiting)} more sessions")
+            say("three workers")
             load.wait(lambda: served_by(compose) == [3, 3, 3], "three gateways see three workers")
         load.wait_flowing()
         with autoscaled(compose, "--patience=2"):
@@ -100,6 +100,21 @@ def test_scaling_up_and_down_under_load(compose: Compose, expected) -> None:
         scale(compose, "gateway", 2)
         load.wait_flowing()
         say(f"two of each again; {load.finished} generations meanwhile, each whole")
+
+
+def test_a_single_worker_is_replaced_without_a_break(compose: Compose, expected) -> None:
+    """With `--start-first` nothing is refused: the new worker serves before the old one goes."""
+    scale(compose, "worker", 1)
+    before = compose.containers("worker")
+    with Load(compose.url, expected, threads=3, whole=1, retries=0) as load:
+        load.wait_flowing()
+        roll(compose, "--start-first", "worker")
+        load.wait_flowing()
+    after = compose.containers("worker")
+    assert len(after) == len(before) == 1
+    assert after != before
+    say(f"{load.finished} generations while the only worker was replaced, each whole")
+    scale(compose, "worker", 2)
 
 
 def test_a_rolling_restart_under_load_loses_nothing(compose: Compose, expected) -> None:
