@@ -34,7 +34,6 @@ MOST_SHARE = 0.08
 PARTS = {
     "gateway.main": "gateway",
     "worker.main": "worker",
-    "spawn_main": "engine",
     "redis-server": "redis",
     "valkey-server": "redis",
 }
@@ -85,7 +84,9 @@ def processes(root: int) -> dict[str, psutil.Process]:
     for process in psutil.Process(root).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it may just have ended
             words = " ".join(process.cmdline())
+            own = process.name()  # children of the worker name themselves
             name = next((name for part, name in PARTS.items() if part in words), HELPER)
+            name = own if own == "engine" else name
             found[f"{name} {process.pid}"] = process
     return found
 

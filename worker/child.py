@@ -7,11 +7,7 @@ returns the function that answers each request. Arrays travel outside the pickle
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +16,10 @@ from typing import Any, TypeVar
 from shared import metrics
 from shared.errors import UnbrokenError
 from worker.child_entry import receive, send
+from worker.launch import Launch, execute
 
 log = logging.getLogger("unbroken.child")
 
-# SIGINT goes to the whole terminal group, but stopping is the parent's business; `sys.path` is
-# handed over, because the parent may have been started from anywhere.
-_BOOT = (
-    "import signal, sys, json; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "sys.path[:] = json.loads(sys.argv[1]); "
-    "from worker.child_entry import main; main(int(sys.argv[2]), sys.argv[3])"
-)
 T = TypeVar("T")
 
 
@@ -60,15 +50,9 @@ class PoolClosed(Exception):  # noqa: N818  # the same
 class _Child:
     """One process and the socket to it. `exchange` and `reap` block: they run in threads."""
 
-    def __init__(self) -> None:
-        self.sock, theirs = socket.socketpair()
+    def __init__(self, launch: Launch) -> None:
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        with theirs:
-            self.process = subprocess.Popen(  # noqa: S603  # our own interpreter and code
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), level],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
+        self.sock, self.process = launch("worker.child_entry:main", (level,))
 
     def exchange(self, message: object) -> tuple[Any, ...]:
         """Send a message and wait for the answer.
@@ -115,6 +99,7 @@ class ChildPool:
         timeout: seconds one call may take once a child has it; then the child is killed.
         start_timeout: seconds a child may take to get ready.
         max_waiting: calls that may wait for a child before `call` raises `PoolFull`.
+        launch: starts a child.
     """
 
     def __init__(
@@ -126,8 +111,10 @@ class ChildPool:
         timeout: float = 60,
         start_timeout: float = 600,
         max_waiting: int = 1024,
+        launch: Launch = execute,
     ) -> None:
         self._target, self._args, self._size = target, args, size
+        self._launch = launch
         self._timeout, self._start_timeout = timeout, start_timeout
         self._max_waiting = max_waiting
         self._slots: list[_Slot] = []
@@ -192,7 +179,8 @@ class ChildPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the children that exist now."""
-        return [slot.child.process.pid for slot in self._slots if slot.child is not None]
+        found = [slot.child.process.pid for slot in self._slots if slot.child is not None]
+        return [pid for pid in found if pid is not None]
 
     async def _turn(self) -> _Slot:
         """Wait for a free slot, first come, first served."""
@@ -266,7 +254,7 @@ class ChildPool:
         if self._closed:
             raise PoolClosed
         # Here, not in a thread: the kernel ends the child with the *thread* that started it.
-        child = slot.child = _Child()
+        child = slot.child = _Child(self._launch)
         try:
             answer = await self._exchange(child, (self._target, self._args), self._start_timeout)
         except ChildTimeout:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -19,8 +16,8 @@ import numpy as np
 from shared import logs
 from shared.errors import UnbrokenError
 from worker.engine import channel
+from worker.launch_entry import set_name
 
-_PR_SET_PDEATHSIG = 1
 _LENGTH_BYTES = 8
 
 Handler = Callable[[Any], Any]
@@ -58,17 +55,16 @@ def _read(sock: socket.socket, size: int) -> memoryview:
     return data
 
 
-def main(fd: int, log_level: str) -> None:
+def main(sock: socket.socket, log_level: str) -> None:
     """Be the child: load the handler the first message names, then answer until the end."""
     logs.configure(log_level)
-    _die_with_parent()
-    sock = socket.socket(fileno=fd)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # A thread reads, so that the parent's end is noticed while the handler is busy.
     threading.Thread(target=_read_requests, args=(sock, requests), daemon=True).start()
     target, args = requests.get()
     try:
         module, _, factory = target.partition(":")
+        set_name(module.rpartition(".")[2])
         handler: Handler = getattr(importlib.import_module(module), factory)(*args)
     except Exception as error:  # noqa: BLE001  # whatever it is, the parent must know
         known = isinstance(error, UnbrokenError)
@@ -77,11 +73,6 @@ def main(fd: int, log_level: str) -> None:
     send(sock, ("ready",))
     while True:
         send(sock, _answer(handler, requests.get()))
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _read_requests(sock: socket.socket, requests: queue.SimpleQueue[Any]) -> None:

@@ -33,6 +33,7 @@ from worker.engine.messages import (
     Stop,
 )
 from worker.engine_process import STOP_SECONDS, EngineProcess
+from worker.launch import Launch, execute
 
 log = logging.getLogger("unbroken.engine_client")
 
@@ -80,6 +81,7 @@ class EngineClient:
         restart_delays: seconds to wait before a new start, after 1, 2, … deaths in a row.
         load_delays: the same, after loads that failed.
         step_seconds: an engine with sequences that is silent for so long hangs, and is killed.
+        launch: starts the process.
     """
 
     def __init__(
@@ -90,12 +92,13 @@ class EngineClient:
         restart_delays: Sequence[float] = RESTART_DELAYS,
         load_delays: Sequence[float] = LOAD_DELAYS,
         step_seconds: float = STEP_SECONDS,
+        launch: Launch = execute,
     ) -> None:
         self.config = config
         self.on_state, self.on_step_end = on_state, on_step_end
         self.state = EngineState("loading")
         self._delays = {"dead": restart_delays, "failed": load_delays}
-        self._step_seconds = step_seconds
+        self._step_seconds, self._launch = step_seconds, launch
         self._sinks: dict[int, Sink] = {}
         self._handles = itertools.count(1)
         self._process: EngineProcess | None = None
@@ -122,7 +125,7 @@ class EngineClient:
         Call it from the main thread: Linux ends the process with the thread that started it.
         """
         self._set_state(EngineState("loading"))
-        self._process = process = EngineProcess(self.config)
+        self._process = process = EngineProcess(self.config, self._launch)
         process.watch(self._on_readable)
         self._silence, self._stepped, self._verdict = 0.0, False, None
         self._ready_since = float("inf")

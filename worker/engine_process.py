@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import queue
 import signal
 import socket
@@ -15,7 +14,7 @@ from collections.abc import Callable
 
 from worker.engine.channel import Disconnected, FrameReader, encode, send_frame
 from worker.engine.messages import Command, EngineConfig
-from worker.engine.process import run
+from worker.launch import Launch
 
 log = logging.getLogger("unbroken.engine_process")
 
@@ -29,19 +28,18 @@ class EngineProcess:
     and they cross at once instead of a socket buffer per turn of the loop.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.sock, theirs = socket.socketpair()
+    def __init__(self, config: EngineConfig, launch: Launch) -> None:
+        self.sock, self._process = launch("worker.engine.process:run", (config,))
         self.reader = FrameReader(self.sock)
         self._watched = False
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=run, args=(theirs, config), name="engine", daemon=True
-        )
-        self._process.start()
-        self.pid = self._process.pid
-        theirs.close()  # else its end would not close this socket
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._writer.start()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, once it is known."""
+        return self._process.pid
 
     def send(self, command: Command) -> None:
         """Send a command, in order, without waiting."""
@@ -61,7 +59,7 @@ class EngineProcess:
     async def gone(self, seconds: float) -> bool:
         """Wait up to `seconds` for the process's end; return whether it came."""
         deadline = time.monotonic() + seconds
-        while self._process.is_alive():
+        while self._process.poll() is None:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.01)
@@ -70,7 +68,7 @@ class EngineProcess:
     async def end(self) -> None:
         """End the process by whatever it takes, and release what it held."""
         self.unwatch()
-        if self._process.is_alive():
+        if self._process.poll() is None:
             self._process.terminate()
         if not await self.gone(STOP_SECONDS):
             self._process.kill()
@@ -87,7 +85,7 @@ class EngineProcess:
 
     def epitaph(self, phase: str) -> str:
         """Say in a sentence how the process ended, given the state that it ended in."""
-        code = self._process.exitcode
+        code = self._process.poll()
         where = "while it loaded the model" if phase == "loading" else "while it served"
         if code is None or code >= 0:
             return f"The engine process ended {where} (exit code {code})."

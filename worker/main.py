@@ -22,7 +22,7 @@ from shared.session_log import SessionLog
 from shared.settings import WorkerSettings
 from shared.store import FAILED, Store, connect
 from shared.tasks import stop
-from worker import healthcheck, meter
+from worker import healthcheck, launch, meter
 from worker.consumer import LeasedWorker
 from worker.engine.messages import EngineConfig, Limits
 from worker.engine_client import EngineClient
@@ -65,12 +65,14 @@ class WorkerProcess:
             restore=queue.restore,
             is_steady=lambda: pulse.steady,
         )
+        self._template = launch.Template(settings.log_level)
         self._engine = EngineClient(
             engine_config(settings),
             self._on_engine_state,
             step_seconds=settings.step_timeout_seconds,
+            launch=launch.for_engine(self._template),
         )
-        self._prompts = PromptBuilder(settings)
+        self._prompts = PromptBuilder(settings, launch=launch.for_processor(self._template))
         parts = Parts(
             log=SessionLog(self._store),
             queue=queue,
@@ -200,6 +202,7 @@ class WorkerProcess:
             await self._fleet.leave(self.id)
         await self._publisher.close()
         await asyncio.gather(self._engine.close(), self._prompts.close())
+        self._template.close()
         await self._store.close()
         await self._bell_store.close()
         log.info("stopped", extra={"worker": self.id})

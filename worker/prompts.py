@@ -19,6 +19,7 @@ from worker.decoder import Image, Job, Limits, Video
 from worker.engine.messages import Prompt
 from worker.engine_client import LOAD_DELAYS
 from worker.forms import FormChecker
+from worker.launch import Launch, execute
 from worker.media_guard import AllowedHosts
 
 log = logging.getLogger("unbroken.prompts")
@@ -47,10 +48,14 @@ class PromptBuilder:
     Args:
         settings: the model, and limits on media.
         load_delays: seconds to wait before a new try, after 1, 2, … loads that failed.
+        launch: starts the processes that need torch.
     """
 
     def __init__(
-        self, settings: WorkerSettings, load_delays: Sequence[float] = LOAD_DELAYS
+        self,
+        settings: WorkerSettings,
+        load_delays: Sequence[float] = LOAD_DELAYS,
+        launch: Launch = execute,
     ) -> None:
         self._settings = settings
         AllowedHosts(settings.media_allowed_hosts)  # a wrong one ends the start, not a fetch
@@ -60,7 +65,7 @@ class PromptBuilder:
             settings.max_media_aspect,
             settings.media_memory_bytes,
         )
-        self._limits, self._load_delays = limits, load_delays
+        self._limits, self._load_delays, self._launch = limits, load_delays, launch
         self._decoder, self._processor = self._pools()
         self._forms = FormChecker(settings.media_processes)
         self._fetches = asyncio.Semaphore(FETCHES_AT_ONCE)
@@ -101,6 +106,7 @@ class PromptBuilder:
             ),
             size=settings.media_processes,
             timeout=PROCESSOR_SECONDS,
+            launch=self._launch,
         )
         return decoder, processor
 

@@ -108,9 +108,13 @@ class Compose:
         up = r'^haproxy_server_status\{proxy="gateways",server="[^"]+",state="UP"\} 1$'
         return len(re.findall(up, told, re.MULTILINE))
 
+    def health(self, service: str) -> list[str]:
+        """Return what Docker says of each running container of a service."""
+        return self.containers(service, "{{.Status}}")
+
     def healthy(self, service: str, count: int) -> bool:
         """Tell whether so many containers of a service are healthy, and no other one runs."""
-        found = self.containers(service, "{{.Status}}")
+        found = self.health(service)
         return len(found) == count and all("(healthy)" in status for status in found)
 
     def wait_healthy(self, service: str, count: int) -> None:

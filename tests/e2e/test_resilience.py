@@ -78,8 +78,8 @@ def body(**more):
 
 def engine_of(stack, worker):
     """Return the pid of a worker's engine process."""
-    children = psutil.Process(stack.pid("workers", worker)).children()
-    return next(c.pid for c in children if any("spawn_main" in part for part in c.cmdline()))
+    children = psutil.Process(stack.pid("workers", worker)).children(recursive=True)
+    return next(child.pid for child in children if child.name() == "engine")
 
 
 async def owner(stack, store, session_id):

@@ -5,12 +5,9 @@ Imports torch only once it runs, so that the worker's asyncio process can name `
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
-import signal
 import socket
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -18,13 +15,13 @@ from typing import TYPE_CHECKING
 from shared import logs
 from worker.engine.channel import Channel, Disconnected
 from worker.engine.messages import Busy, EngineConfig, LoadFailed, Loading, Ready, Step, Stop
+from worker.launch_entry import set_name
 
 if TYPE_CHECKING:
     from worker.engine.engine import Engine
 
 log = logging.getLogger("unbroken.engine")
 
-PR_SET_PDEATHSIG = 1
 BEAT_SECONDS = 0.5
 """An engine at work is not silent for longer, unless a step takes longer."""
 
@@ -39,10 +36,8 @@ def run(sock: socket.socket, config: EngineConfig) -> None:
         sock: one end of a socket pair; `worker.engine.channel` frames on it.
         config: what to load.
     """
-    _die_with_parent()
+    set_name("engine")
     logs.configure(config.log_level)
-    # Ctrl-C reaches the whole process group: the worker decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(sock)
     try:
         engine = _load(channel, config)
@@ -115,12 +110,3 @@ def _serve(channel: Channel, engine: Engine, pace_seconds: float) -> None:
             spoke = time.monotonic()
         if pace_seconds:
             time.sleep(max(0.0, next_step - time.monotonic()))
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process with its parent, even in the middle of a long load.
-
-    Elsewhere the closed socket ends it, at the next step.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
