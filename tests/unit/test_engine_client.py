@@ -116,6 +116,18 @@ async def gone(pid: int) -> None:
         await asyncio.sleep(0.01)
 
 
+async def test_prompts_do_not_wait_for_the_pace_of_running_sequences(config):
+    """With a token every so many seconds, new sequences get their first one at once."""
+    slow = dataclasses.replace(config, pace_seconds=30.0)
+    async with started(slow) as (client, _):
+        listeners = []
+        for n in range(4):
+            _, listener = listen(client, prompt=(5, 6, 7 + n), sampling=ENDLESS)
+            await listener.until(lambda heard=listener: bool(heard.outputs))
+            listeners.append(listener)
+        assert [len(listener.ids) for listener in listeners] == [1, 1, 1, 1]
+
+
 @shared_engine
 async def test_a_real_engine_process_serves_cancels_and_aborts(served, monkeypatch):
     """Sequences sent while it loads wait; outputs come in order; SIGINT is not the engine's."""

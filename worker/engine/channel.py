@@ -7,6 +7,7 @@ Both ends are one program on one machine; nothing of a client's is unpickled but
 
 from __future__ import annotations
 
+import math
 import pickle
 import select
 import socket
@@ -94,9 +95,9 @@ class Channel:
         """
         send_frame(self._sock, encode(message))
 
-    def ready(self) -> bool:
-        """Whether something has arrived (or the other end is gone); does not wait."""
-        return bool(self._poll.poll(0))
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether something has arrived (or the other end is gone); waits no longer than that."""
+        return bool(self._poll.poll(math.ceil(seconds * 1000)))
 
     def receive(self) -> Any:
         """Return the next message; waits for it.

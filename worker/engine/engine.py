@@ -87,6 +87,13 @@ class Engine:
         """Whether a step would do nothing."""
         return self.scheduler.idle and not self._outputs
 
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something to do that need not wait for the running sequences' turn."""
+        scheduler = self.scheduler
+        prompts = scheduler.prefilling or scheduler.next
+        return bool(self._outputs or (prompts and not any(s.trial for s in scheduler.running)))
+
     def handle(self, command: Command) -> None:
         """Take a command in; what it has to say comes with the next step.
 
@@ -101,23 +108,24 @@ class Engine:
             if sequence is not None:
                 self._remove(sequence)
 
-    def step(self) -> tuple[Output, ...]:
+    def step(self, *, decode: bool = True) -> tuple[Output, ...]:
         """Prefill a chunk of the new prompts and decode the others; return what there is to say.
 
-        Each running sequence gets one token; only one that is on trial, while one is.
+        Each running sequence gets one token; only one that is on trial, while one is. None gets one
+        without `decode`.
 
         Raises:
             torch.AcceleratorError: the device is lost, and the engine with it.
         """
         trial = next((s for s in self.scheduler.running if s.trial), None)
-        self.drawer.masks.begin(self.scheduler.running)
+        self.drawer.masks.begin(self.scheduler.running if decode else ())
         fresh = [] if trial else self._prefill()
-        rows, logits = self._decode(self._rows(trial, fresh))
+        rows, logits = self._decode(self._rows(trial, fresh) if decode else [])
         if fresh:
             rows = [*rows, *(one.sequence for one in fresh)]
             parts = [one.logits for one in fresh]
             logits = torch.cat(parts if logits is None else [logits, *parts])
-        if trial:
+        if trial and decode:
             trial.trial = trial.replays
             self._on_busy(())
         draws = [i for i, sequence in enumerate(rows) if not sequence.replays]
@@ -132,7 +140,8 @@ class Engine:
             for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
                 self._remove(sequence)
         self.drawer.masks.settle()
-        self._batch = len(rows)
+        if decode:
+            self._batch = len(rows)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 

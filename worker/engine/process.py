@@ -95,18 +95,24 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
 
 
 def _serve(channel: Channel, engine: Engine, pace_seconds: float) -> None:
-    """Alternate between commands and steps; wait for a command where there is nothing to do."""
-    spoke = time.monotonic()
+    """Alternate between commands and steps; wait for a command where there is nothing to do.
+
+    With a pace, the running sequences wait for their turn; prompts are computed meanwhile.
+    """
+    spoke = turn = time.monotonic()
     while True:
         while engine.idle or channel.ready():
             command = channel.receive()
             if isinstance(command, Stop):
                 return
             engine.handle(command)
-        next_step = time.monotonic() + pace_seconds
-        outputs = engine.step()
+        early = turn - time.monotonic()
+        if early > 0 and not engine.urgent:
+            channel.ready(early)
+            continue
+        if early <= 0:
+            turn = time.monotonic() + pace_seconds
+        outputs = engine.step(decode=early <= 0)
         if outputs or time.monotonic() - spoke > BEAT_SECONDS:
             channel.send(Step(outputs, *engine.load()) if outputs else Busy())
             spoke = time.monotonic()
-        if pace_seconds:
-            time.sleep(max(0.0, next_step - time.monotonic()))
