@@ -76,7 +76,8 @@ class Engine:
         self.tokens = Tokens(loaded, self.runner.vocab_size)
         self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
-        self.prefixes = PrefixCache(self.runner.cache, limits.prefix_bytes)
+        self.prefixes = PrefixCache(self.runner.cache, limits.row_bytes)
+        self.runner.encoded.max_bytes = limits.encoder_bytes
         self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []

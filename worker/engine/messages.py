@@ -20,12 +20,22 @@ class Limits:
     """Bounds of an engine.
 
     `cache_bytes` is for the rows of what runs (None: from free memory), `prefix_bytes` for copies
-    of rows of what ended (0: none, and nothing is shared), `chunk_tokens` for prefill in a step.
+    of what ended (0: none, and nothing is shared), `chunk_tokens` for prefill in a step.
     """
 
     cache_bytes: int | None = None
     prefix_bytes: int = 0
     chunk_tokens: int = 512
+
+    @property
+    def encoder_bytes(self) -> int:
+        """The part of `prefix_bytes` for what encoders made of images and videos."""
+        return self.prefix_bytes // 4
+
+    @property
+    def row_bytes(self) -> int:
+        """The part of `prefix_bytes` for copies of rows."""
+        return self.prefix_bytes - self.encoder_bytes
 
 
 LIMITS = Limits()

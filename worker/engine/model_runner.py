@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from shared.protocol import SamplingParams
+from worker.engine.encoder_cache import EncoderCache
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
 from worker.engine.sequence import TOKEN_KINDS, Chunk, Sequence
@@ -59,6 +60,7 @@ class ModelRunner:
         self.dtype = model.dtype
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.cache = SlotCache(layers, max_batch_size, context_length)
+        self.encoded = EncoderCache(model)
         parameters = inspect.signature(model.forward).parameters
         self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
@@ -96,6 +98,7 @@ class ModelRunner:
         for name in TOKEN_KINDS & tensors.keys():
             tensors[name] = tensors[name][:, :count]
         tensors["attention_mask"] = torch.ones_like(ids)
+        tensors = self.encoded.encode(sequence.prompt.media, tensors)
         logits = self._forward(input_ids=ids, past_key_values=self.cache, **tensors)
         delta = getattr(base, "rope_deltas", None)
         sequence.rope_delta = 0 if delta is None else int(delta.reshape(-1)[0])
