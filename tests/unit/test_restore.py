@@ -117,6 +117,23 @@ async def test_of_two_copies_the_newer_one_stays(queue, log, store):
         assert await log.append([Append(*new.claimed, 5, [delta(5)])]) == [5]
 
 
+async def test_what_was_begun_anew_gives_way_to_what_clients_have_seen(queue, log, store):
+    """After FLUSHALL a repeated POST may even be claimed first: the first generation goes on."""
+    copy = await running(queue, log)
+    await store.redis.flushall()
+    await queue.submit(NEW, 10)
+    [taken] = (await queue.claim("w2", 1)).sessions
+    anew = SessionCopy(taken, await log.record("s"), copy.request, copy.events[:1])
+    await log.append([Append(*taken, 1, [delta(9)])])
+    for _ in range(2):
+        assert await queue.restore(copy)
+        assert await texts(log) == ["1 ", "2 ", "3 "]
+        assert await log.append([Append(*taken, 2, [delta(9)])]) == [FENCED]
+        assert not await queue.restore(anew)
+        assert await queue.renew(dict([taken])) == ["s"]
+    assert await log.append([Append(*copy.claimed, 4, [delta(4)])]) == [4]
+
+
 async def test_a_copy_replaces_no_ended_session_and_no_stranger(queue, log, store):
     """An ended session stays ended; another owner's or another request's is not touched."""
     copy = await running(queue, log)
