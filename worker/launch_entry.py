@@ -49,8 +49,6 @@ def template(fd: int, preload: str, log_level: str) -> None:
     """
     _control_process(_PR_SET_PDEATHSIG, signal.SIGKILL)
     set_name("template")
-    # A library with threads could fork in the middle of what one of them does.
-    os.putenv("OPENBLAS_NUM_THREADS", "1")
     logs.configure(log_level)
     try:
         _named(preload)()
