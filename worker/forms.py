@@ -50,7 +50,7 @@ class FormChecker:
                 finding out takes too long, twice. The latter is not remembered: it may be the
                 machine's fault.
         """
-        if not (form.schema or form.required):
+        if not (form.schema or form.required or form.lazy):
             return
         name = hashlib.sha256(repr(form).encode()).digest()  # forms may be megabytes
         if name not in self._known:

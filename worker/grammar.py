@@ -28,7 +28,11 @@ def build(form: AnswerForm, quote: Callable[[str], str] = quoted, *, thinking: b
         form: what to match.
         quote: writes a terminal for a text, which may be a single token of the tokenizer.
         thinking: whether a thought goes before.
+
+    That of a `lazy` form is for what follows the tag that opens a call.
     """
+    if form.lazy:
+        return PARSERS[form.tools].call_grammar(form.functions, form.strict, quote)
     options = ["json"] if form.schema else []
     rules = [f"json: %json {form.schema}"] if form.schema else []
     if form.functions and (form.required or form.schema):

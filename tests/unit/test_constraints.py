@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import time
@@ -11,10 +10,9 @@ import jsonschema
 import pytest
 import torch
 
-from gateway.json_schema import check_schema
 from shared.errors import UnbrokenError
-from shared.protocol import SamplingParams
-from tests.engine_kit import Driver, Engine, config, text_prompt
+from tests.engine_kit import Driver, Engine, config
+from tests.grammar_kit import ONE, calls, content, form, prompt, run, sampling
 from worker.child import ChildDied, ChildTimeout
 from worker.engine.engine import GRAMMAR_FAILED, LOG_FAILED
 from worker.engine.loader import load
@@ -22,13 +20,6 @@ from worker.engine.messages import AnswerForm
 from worker.forms import FormChecker
 
 pytestmark = pytest.mark.timeout(120)  # two hundred answers, where others compute too
-
-ONE = {
-    "type": "object",
-    "properties": {"at": {"type": "string", "maxLength": 9}, "n": {"enum": [1, 2.5, None]}},
-    "required": ["at", "n"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,38 +33,6 @@ def loaded(demo_model):
 @pytest.fixture(scope="module")
 def engine(loaded):
     return Engine(loaded, 32)
-
-
-def form(schema=ONE, **changes):
-    return AnswerForm(check_schema(schema, "response_format"), **changes)
-
-
-def calls(names=("look", "now"), **changes):
-    schema = check_schema(ONE, "tools")
-    functions = tuple((name, schema) for name in names)
-    return AnswerForm(tools="qwen", functions=functions, required=True, **changes)
-
-
-def prompt(form=None, seed=0, *, thinking=False):
-    changes = {"thinking": thinking} | ({"form": form} if form else {})
-    return dataclasses.replace(text_prompt(20, seed), **changes)
-
-
-def sampling(**changes):
-    return SamplingParams(**{"temperature": 1.0, "max_tokens": 250, "seed": 3, **changes})
-
-
-def run(engine, *works):
-    """Run (prompt, sampling, generated) side by side; returns the driver, handles from 1."""
-    driver = Driver(engine)
-    for handle, work in enumerate(works, 1):
-        driver.add(handle, *work)
-    return driver.drain()
-
-
-def content(driver, handle):
-    pieces = [p for o in driver.said[handle] for p in o.pieces]
-    return "".join(p.text for p in pieces if p.channel == "content" and not p.call)
 
 
 def a_schema(draw, depth=0):  # noqa: C901, PLR0911  # a kind after the other
@@ -241,7 +200,7 @@ def test_a_grammar_that_gives_up_fails_its_sequence(engine):
     driver.add(1, prompt(form(), 7), sampling())
     for _ in range(4):
         driver.step()
-    engine.scheduler.find(1).constraint.matcher().consume_tokens(wrong)
+    engine.scheduler.find(1).constraint.matcher.consume_tokens(wrong)
     driver.drain()
     assert driver.last(1).finish is None
     assert driver.last(1).error == ("generation_failed", GRAMMAR_FAILED)

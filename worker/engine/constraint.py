@@ -6,13 +6,16 @@ All of it follows from the sequence's tokens, so a successor comes to the same.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from worker import grammar
 from worker.engine.detokenizer import CLOSE
+from worker.engine.grammars import Grammars
+from worker.tools import PARSERS
+from worker.tools.text import overlap
 
 if TYPE_CHECKING:
+    from worker.engine.grammars import Compilation
     from worker.engine.loader import LoadedModel
     from worker.engine.sequence import Sequence
 
@@ -29,33 +32,39 @@ class Tokens:
     Attributes:
         close_ids: the tokens that end a thought.
         eos_ids: the tokens that end a sequence.
+        grammars: compiled for this tokenizer; None where there are none.
     """
 
     def __init__(self, loaded: LoadedModel, vocab_size: int) -> None:
         self.eos_ids = sorted(loaded.eos_ids)
         self.close_ids: list[int] = loaded.tokenizer.encode(CLOSE, add_special_tokens=False)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._tokenizer = self._make(loaded, vocab_size)
-        self._past_end = self._tokens_past_end() if self._tokenizer else {}
+        self.grammars = Grammars(self._tokenizer) if self._tokenizer else None
+        self._past: dict[str, dict[int, list[int]]] = {}
+        if self._tokenizer:
+            self.past(CLOSE, 0)
 
-    def compile(self, sequence: Sequence) -> Future[Any] | None:
-        """Begin to compile a sequence's grammar, in another thread; None where it has none."""
-        from llguidance import LLMatcher, LLParserLimits
+    def grammar(self, sequence: Sequence) -> Compilation | None:
+        """Return a sequence's grammar, to be given back to `grammars`; None where it has none.
 
+        Raises:
+            ValueError: there are no grammars for this tokenizer.
+        """
         text = grammar.build(sequence.prompt.form, self._quote, thinking=sequence.prompt.thinking)
         if not text:
             return None
-        if self._tokenizer is None:
+        if self.grammars is None:
             raise ValueError("there are no grammars for this tokenizer")
-        limits = LLParserLimits(verbose_errors=False)
-        return self._threads.submit(LLMatcher, self._tokenizer, text, log_level=0, limits=limits)
+        return self.grammars.borrow(text)
 
-    def past_end(self, closing: int) -> list[int]:
-        """Return the tokens that go on behind `</think>`, whose first letters are there already.
+    def past(self, tag: str, size: int) -> list[int]:
+        """Return the tokens that go on behind a tag, whose first `size` letters are there already.
 
         What follows the tag in the same token would escape the grammar.
         """
-        return self._past_end.get(closing, [])
+        if tag not in self._past:
+            self._past[tag] = self._tokens_past(tag)
+        return self._past[tag].get(size, [])
 
     def _make(self, loaded: LoadedModel, vocab_size: int) -> Any:
         from llguidance import LLTokenizer
@@ -73,16 +82,17 @@ class Tokens:
             log.warning("there are no grammars for this tokenizer", exc_info=True)
             return None
 
-    def _tokens_past_end(self) -> dict[int, list[int]]:
+    def _tokens_past(self, tag: str) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
         for token in range(self._tokenizer.vocab_size):
             text = self._tokenizer.decode_bytes([token])
             if b">" not in text[:-1]:
                 continue
-            for closing in range(len(CLOSE)):
-                rest = CLOSE[closing:].encode()
-                if len(text) > len(rest) and text.startswith(rest):
-                    found.setdefault(closing, []).append(token)
+            for size in range(len(tag)):
+                rest = tag[size:].encode()
+                whole = not size and rest in text[:-1]
+                if whole or (len(text) > len(rest) and text.startswith(rest)):
+                    found.setdefault(size, []).append(token)
         return found
 
     def _quote(self, text: str) -> str:
@@ -97,70 +107,120 @@ class Tokens:
 class Constraint:
     """What one sequence may say.
 
+    Its grammar is that of the whole answer, or (`AnswerForm.lazy`) of each call from its opening
+    tag on; between those calls anything may come.
+
     Args:
         sequence: has its detokenizer, which has to see each token before this does.
         tokens: of the model.
 
     Attributes:
         forced: the only token that may come now, because the thought has to end; else None.
+        matcher: that of the grammar, where the sequence stands; None where nothing is to match.
         failed: whether the grammar's matcher has given up.
+        done: whether the answer is complete, so that nothing can follow.
+        refused: whether the grammar could not be compiled.
     """
 
     def __init__(self, sequence: Sequence, tokens: Tokens) -> None:
         self._sequence, self._tokens = sequence, tokens
         self._budget = sequence.sampling.thinking_budget
-        self._compiling = tokens.compile(sequence)
+        form = sequence.prompt.form
+        self._tag = PARSERS[form.tools].opening if form.lazy else ""
+        self._grammar = tokens.grammar(sequence)
+        self._compiled: Any = None  # the grammar at its beginning, shared with others
+        self.matcher: Any = None  # this sequence's own, where it has to match now
+        self._behind: list[tuple[int, bool]] = []  # tokens before it was compiled: see `_read`
         self._forced_count = 0  # tokens of the thought's end that were forced
         self._answering = not sequence.prompt.thinking
-        self._behind: list[int] = []  # of the answer, and not yet read by the matcher
-        self.failed = False
+        self.failed = self.refused = self.done = False
         self.forced = self._end_of_thought()
 
     @property
     def limits(self) -> bool:
         """Whether it may ever say no."""
-        return self._compiling is not None or self._budget is not None
+        return self._grammar is not None or self._budget is not None
 
     @property
-    def done(self) -> bool:
-        """Whether the answer is complete, so that nothing can follow."""
-        if not self.has_mask:
+    def compiling(self) -> Compilation | None:
+        """The grammar, while this waits for it."""
+        return None if self._compiled or self.refused else self._grammar
+
+    @property
+    def held(self) -> bool:
+        """Whether nobody can say what comes next until the grammar is compiled."""
+        if self.compiling is None or not self._answering:
             return False
-        stopped = bool(self.matcher().is_stopped())
-        return stopped and not self.failed  # one that has given up is "stopped" as well
+        return bool(self._behind) if self._tag else True
 
     @property
     def has_mask(self) -> bool:
         """Whether the grammar says what may come."""
-        return self._compiling is not None and self._answering
+        return self.matcher is not None and self._answering
 
     @property
-    def refused(self) -> list[int]:
-        """The tokens that may not come inside a thought before an answer with a grammar."""
-        if self._compiling is None or self._answering:
-            return []
-        closing = self._sequence.detokenizer.closing
-        return [*self._tokens.eos_ids, *self._tokens.past_end(closing)]
+    def barred(self) -> list[int]:
+        """The tokens that may not come where there is no mask.
 
-    def matcher(self) -> Any:
-        """Return the grammar's matcher, where the sequence stands; waits for the compiler."""
-        assert self._compiling is not None  # noqa: S101 - asked for only where there is a grammar
-        matcher = self._compiling.result()
-        if self._behind:
-            behind, self._behind = self._behind, []
-            matcher.consume_tokens(behind)
-        self.failed = self.failed or matcher.is_error()
-        return matcher
+        Inside a thought before an answer with a grammar, and where a call may begin.
+        """
+        if self._grammar is None or self.has_mask:
+            return []
+        reader = self._sequence.detokenizer
+        if self._tag:
+            size = overlap(reader.unread, self._tag) if self._answering else 0
+            return self._tokens.past(self._tag, size)
+        return [*self._tokens.eos_ids, *self._tokens.past(CLOSE, reader.closing)]
+
+    def adopt(self) -> None:
+        """Take the grammar over, once its compilation has ended, and read what came meanwhile."""
+        if self.compiling is None or not self.compiling.ended:
+            return
+        self._compiled = self.compiling.matcher()
+        if self._compiled is None:
+            self.refused = True
+            return
+        if not self._tag:
+            self.matcher = self._compiled.deep_copy()
+        behind, self._behind = self._behind, []
+        for token, opens in behind:
+            self._read(token, opens=opens)
+            if self._tag and self.failed:  # by a worker that did not mind
+                self.matcher, self.failed = None, False
 
     def push(self, token: int) -> None:
         """Take in the token that came, after the detokenizer has."""
         if self.forced is not None:
             self._forced_count += 1
-        if self.has_mask:
-            self._behind.append(token)
+        if self._grammar is not None and self._answering:
+            opens = bool(self._tag) and self._sequence.detokenizer.unread.endswith(self._tag)
+            if self._compiled is not None:
+                self._read(token, opens=opens)
+            elif opens or self._behind or not self._tag:
+                self._behind.append((token, opens))
         if not self._answering:
             self._answering = self._sequence.detokenizer.answering
         self.forced = self._end_of_thought()
+
+    def close(self) -> None:
+        """End the grammar's use."""
+        if self._grammar is not None and self._tokens.grammars is not None:
+            self._tokens.grammars.give_back(self._grammar)
+            self._grammar = self.matcher = None
+
+    def _read(self, token: int, *, opens: bool) -> None:
+        """Let the matcher read a token of the answer; behind one that opens a call, begin one."""
+        if self.matcher is not None:
+            self.matcher.consume_tokens([token])
+            self.failed = self.failed or self.matcher.is_error()
+            if self.failed:
+                return  # one that has given up is "stopped" as well
+            if not self._tag:
+                self.done = bool(self.matcher.is_stopped())
+            elif self.matcher.is_accepting():
+                self.matcher = None  # the call is complete, or one that may be anything
+        elif opens:
+            self.matcher = self._compiled.deep_copy()
 
     def _end_of_thought(self) -> int | None:
         thought = self._sequence.detokenizer

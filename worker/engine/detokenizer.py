@@ -113,6 +113,11 @@ class Detokenizer:
         """How many characters of `</think>` the thought ends with, without its last."""
         return overlap(self._text[self._sorted :], CLOSE) if self._state == "thought" else 0
 
+    @property
+    def unread(self) -> str:
+        """The text outside of thoughts of which it is not yet known what it is."""
+        return "" if self._state == "thought" else self._text[self._sorted :]
+
     def push(self, token: int) -> list[Piece]:
         """Take the next token in; return what can be shown now, in order.
 

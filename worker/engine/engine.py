@@ -17,7 +17,9 @@ from shared.errors import UnbrokenError
 from shared.protocol import CancelReason, FinishReason
 from worker.engine.budget import bound
 from worker.engine.constraint import Tokens
+from worker.engine.decode import Decode
 from worker.engine.drawing import Drawer
+from worker.engine.holding import Holding
 from worker.engine.loader import LoadedModel, LoadError
 from worker.engine.logprobs import attach
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
@@ -39,6 +41,7 @@ PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
 LOG_FAILED = "The answer so far does not follow its format."
 GRAMMAR_FAILED = "The answer's format has become too complex to be followed."
+NO_GRAMMAR = "'{}' cannot be followed by this model."
 TEXT_FAILED = "The next token could not be turned into text."
 
 
@@ -73,12 +76,14 @@ class Engine:
             log.exception("the model cannot be batched")
             raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
         self.drawer = Drawer(self.runner.vocab_size, self.runner.device, loaded.tokenizer)
+        self.holding = Holding(self.drawer.masks)
         self.tokens = Tokens(loaded, self.runner.vocab_size)
         self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
         self.prefixes = PrefixCache(self.runner.cache, limits.row_bytes)
         self.runner.encoded.max_bytes = limits.encoder_bytes
         self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
+        self.decode = Decode(self.runner, self.scheduler)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
         self._batch = 0
@@ -113,13 +118,16 @@ class Engine:
         """Prefill a chunk of the new prompts and decode the others; return what there is to say.
 
         Each running sequence gets one token; only one that is on trial, while one is. None gets one
-        without `decode`.
+        without `decode`. Those whose grammar is not compiled yet, or whose mask is not computed, wait.
 
         Raises:
             torch.AcceleratorError: the device is lost, and the engine with it.
         """
-        trial = next((s for s in self.scheduler.running if s.trial), None)
-        self.drawer.masks.begin(self.scheduler.running if decode else ())
+        for sequence in self.holding.compiled():
+            self._settle(sequence)
+        running = [s for s in self.scheduler.running if not self.holding.has(s)]
+        trial = next((s for s in running if s.trial), None)
+        self.drawer.masks.begin(self.scheduler.live)
         fresh = [] if trial else self._prefill()
         rows, logits = self._decode(self._rows(trial, fresh) if decode else [])
         if fresh:
@@ -129,10 +137,10 @@ class Engine:
         if trial and decode:
             trial.trial = trial.replays
             self._on_busy(())
-        draws = [i for i, sequence in enumerate(rows) if not sequence.replays]
-        if logits is not None and draws:
-            if len(draws) < len(rows):
-                rows, logits = [rows[i] for i in draws], logits[draws]
+        if decode:
+            self._batch = len(rows)
+        rows, logits = self.holding.sift(rows, logits, turn=decode)
+        if rows:
             tokens = self.drawer.draw(logits, rows)
             views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
             drawn = zip(rows, tokens, views, strict=True)
@@ -140,9 +148,6 @@ class Engine:
             # From the last row down: a row that ends too is not moved first.
             for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
                 self._remove(sequence)
-        self.drawer.masks.settle()
-        if decode:
-            self._batch = len(rows)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 
@@ -170,15 +175,19 @@ class Engine:
             done = self._prepare(sequence)
         except UnbrokenError as error:
             self._fail(sequence, error.code, error.message)
-            return
+            done = True
         except Exception:
             log.exception("a sequence could not be set up")
             self._fail(sequence, FAILED, PREFILL_FAILED)
-            return
-        if done:  # its worker died between the last token and the end
-            self._finish(sequence, ())
+            done = True
+        else:
+            if done:  # its worker died between the last token and the end
+                self._finish(sequence, ())
+        if done:
+            self.holding.forget(sequence)
         else:
             self.scheduler.add(sequence)
+            self.holding.watch(sequence)
 
     def _prepare(self, sequence: Sequence) -> bool:
         """Give a sequence its criteria and detokenizer; return whether it has ended already."""
@@ -194,12 +203,28 @@ class Engine:
             raise UnbrokenError(FAILED, LOG_FAILED)
         return done
 
+    def _settle(self, sequence: Sequence) -> None:
+        """Look at what a sequence's grammar, which it waited for, says of what it has so far."""
+        constraint = sequence.constraint
+        if constraint is None:
+            return
+        if constraint.refused:
+            param = "response_format" if sequence.prompt.form.schema else "tools"
+            self._fail(sequence, "invalid_value", NO_GRAMMAR.format(param), param)
+        elif constraint.failed:
+            self._fail(sequence, FAILED, LOG_FAILED)
+        elif constraint.done:
+            self._finish(sequence, ())
+        else:
+            return
+        self._remove(sequence)
+
     def _cancel(self, cancel: Cancel) -> None:
         sequence = self.scheduler.find(cancel.handle)
         if sequence is None:
             return  # it has ended, and said so
         self.cancelled[cancel.handle] = cancel.reason
-        if sequence not in self.scheduler.running:
+        if sequence not in self.scheduler.running or self.holding.has(sequence):
             self._finish(sequence, ())
             self._remove(sequence)
 
@@ -222,7 +247,8 @@ class Engine:
         if any(one.sequence.trial for one in fresh):
             return []
         running = self.scheduler.running
-        return running[: len(running) - len(fresh)]
+        going = running[: len(running) - len(fresh)]
+        return [sequence for sequence in going if not self.holding.has(sequence)]
 
     def _decode(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
         """Compute the rows' next logits; return the rows that have some, and `[B, V]`.
@@ -230,36 +256,14 @@ class Engine:
         A sequence that cannot go on is failed and left out. Where memory is short, one gives up its
         place, and the others go on in the next step.
         """
-        if not rows:
-            return [], None
-        try:
-            self.runner.reserve(self.scheduler.live)
-            return rows, self.runner.decode(rows)
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            if lacks_memory(error):
-                self._make_room(rows)
-                return [], None
-            log.exception("a decode step failed; trying row by row")
-            return self._decode_one_by_one(rows)
-
-    def _decode_one_by_one(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
-        """Find out whom a decode step fails for: those fail, the others have their logits."""
-        going, parts, failed = [], [], []
-        for sequence in rows:
-            try:
-                parts.append(self.runner.decode([sequence]))
-                going.append(sequence)
-            except torch.AcceleratorError:
-                raise
-            except Exception:
-                log.exception("the decode step of a row failed")
-                failed.append(sequence)
-        for sequence in failed:
-            self._fail(sequence, FAILED, DECODE_FAILED)
-            self._remove(sequence)
-        return going, torch.cat(parts) if parts else None
+        rows, logits, failures = self.decode.step(rows)
+        for failure in failures:
+            if lacks_memory(failure.error):
+                self._make_room([failure.sequence])
+            else:
+                self._fail(failure.sequence, FAILED, DECODE_FAILED)
+                self._remove(failure.sequence)
+        return rows, logits
 
     def _make_room(self, rows: Rows[Sequence]) -> None:
         """Have the newest of the rows wait until others have left; fail one that runs alone."""
@@ -325,12 +329,12 @@ class Engine:
             )
         )
 
-    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+    def _fail(self, sequence: Sequence, code: str, message: str, param: str = "") -> None:
         self._outputs.append(
             Output(
                 sequence.handle,
                 completion_tokens=len(sequence.output_ids),
-                error=(code, message),
+                error=(code, message, param) if param else (code, message),
             )
         )
 
@@ -338,6 +342,7 @@ class Engine:
         """Take a sequence out of queue or batch, and close the gap its row leaves."""
         if sequence in self.scheduler.prefilling:
             self.runner.scrub(sequence.slot)  # nobody has looked at its numbers yet
+        self.holding.forget(sequence)
         self._close_gap(self.scheduler.remove(sequence))
         self.cancelled.pop(sequence.handle, None)
 

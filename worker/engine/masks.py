@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +26,22 @@ WORD = 32
 MOST_THREADS = 8
 
 
+@dataclass(frozen=True)
+class _Mask:
+    """One row of a batch of masks, for the token that comes behind `count` others."""
+
+    count: int
+    batch: Future[Bits]
+    row: int
+
+    def good_for(self, sequence: Sequence) -> bool:
+        """Whether it is, or will be, that of a sequence's next token."""
+        failed = self.batch.done() and self.batch.exception() is not None
+        return self.count == len(sequence.output_ids) and not failed
+
+
 class Masks:
-    """The masks of one step.
+    """The masks of the sequences' next tokens.
 
     Args:
         vocab_size: V, the width of the logits.
@@ -36,67 +51,71 @@ class Masks:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._words = -(-vocab_size // WORD)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
+        self._jobs = ThreadPoolExecutor(2, thread_name_prefix="masks")
         self._executor: Any = None
         self._shifts = torch.arange(WORD, dtype=torch.int32, device=device)
-        self._under_way: dict[int, int] = {}  # handle: row of the masks
-        self._bits: Future[Bits] | None = None
+        self._masks: dict[int, _Mask] = {}  # by handle
 
-    def begin(self, rows: Rows[Sequence]) -> None:
-        """Begin to compute what these sequences may say next.
+    def begin(self, rows: Iterable[Sequence]) -> None:
+        """Begin to compute what these sequences may say next, where it is not known yet."""
+        new = []
+        for row in rows:
+            if row.constraint is not None and row.constraint.has_mask:
+                known = self._masks.get(row.handle)
+                if known is None or not known.good_for(row):
+                    new.append(row)
+        if not new:
+            return
+        constraints = [row.constraint for row in new if row.constraint is not None]
+        batch = self._jobs.submit(self._compute, constraints)
+        for place, row in enumerate(new):
+            self._masks[row.handle] = _Mask(len(row.output_ids), batch, place)
 
-        They must not get tokens before `apply` or `settle`.
-        """
-        constraints = self._with_mask(row for row in rows if not row.replays)
-        self._under_way = {handle: row for row, handle in enumerate(constraints)}
-        self._bits = None
-        if constraints:
-            self._bits = self._thread.submit(self._compute, list(constraints.values()))
+    def late(self, rows: Iterable[Sequence], seconds: float) -> list[Future[Bits]]:
+        """Wait for the masks of these sequences; return what is still under way after that time."""
+        self.begin(rows)
+        batches = {self._masks[row.handle].batch for row in rows if _masked(row)}
+        return list(wait(batches, timeout=seconds).not_done) if batches else []
 
-    def apply(self, logits: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
+    def ready(self, row: Sequence) -> bool:
+        """Whether a sequence needs no mask, or `begin` has come to an end for it."""
+        return not _masked(row) or self._masks[row.handle].batch.done()
+
+    def forget(self, row: Sequence) -> None:
+        """Drop what is known of a sequence that has left."""
+        self._masks.pop(row.handle, None)
+
+    def apply(self, logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
         """Return the logits, [B, V], with -inf for what is not allowed; themselves, if all is.
 
         Where a matcher has given up, its constraint has `failed`, and its row holds NaN.
         """
-        limited = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint]
-        if not limited:
+        limited = [(i, row, row.constraint) for i, row in enumerate(rows) if row.constraint]
+        if not any(c.has_mask or c.failed or c.forced is not None or c.barred for *_, c in limited):
             return logits
-        bits = self._collect(rows)
+        self.begin(rows)
         logits = logits.clone()
-        masked = [(i, bits[rows[i].handle]) for i, _ in limited if rows[i].handle in bits]
+        masked = [(i, self._bits(row)) for i, row, constraint in limited if constraint.has_mask]
         if masked:
             at = torch.tensor([i for i, _ in masked], device=self._device)
             words = torch.from_numpy(np.stack([mask for _, mask in masked])).to(self._device)
             allowed = ((words[:, :, None] >> self._shifts) & 1).flatten(1)[:, : self._vocab_size]
             logits[at] = logits[at].masked_fill(allowed == 0, -torch.inf)
-        for i, constraint in limited:
+        for i, _, constraint in limited:
             if constraint.failed:
                 logits[i] = torch.nan
             elif constraint.forced is not None:
                 logits[i] = -torch.inf
                 logits[i, constraint.forced] = 0.0
-            elif refused := constraint.refused:
-                logits[i, [token for token in refused if token < self._vocab_size]] = -torch.inf
+            elif barred := constraint.barred:
+                logits[i, [token for token in barred if token < self._vocab_size]] = -torch.inf
         return logits
 
-    def settle(self) -> None:
-        """Wait for masks that nobody has asked for, so that their matchers are free again."""
-        if self._bits is not None:
-            self._bits.result()
-            self._bits = None
-
-    def _collect(self, rows: list[Sequence]) -> dict[int, Bits]:
-        """Return the masks by handle; those that nobody has begun are computed now."""
-        known = {}
-        begun, self._bits = self._bits, None
-        if begun is not None:
-            bits = begun.result()
-            known = {handle: bits[row] for handle, row in self._under_way.items()}
-        missing = self._with_mask(row for row in rows if row.handle not in known)
-        if missing:
-            known |= dict(zip(missing, self._compute(list(missing.values())), strict=True))
-        return known
+    def _bits(self, row: Sequence) -> Bits:
+        mask = self._masks[row.handle]
+        bits: Bits = mask.batch.result()[mask.row]
+        return bits
 
     def _compute(self, constraints: list[Constraint]) -> Bits:
         from llguidance import LLExecutor
@@ -105,17 +124,12 @@ class Masks:
         if self._executor is None:
             self._executor = LLExecutor(num_threads=self._threads)
         bits = np.zeros((len(constraints), self._words), dtype=np.int32)
-        work = []
-        for row, constraint in enumerate(constraints):
-            matcher = constraint.matcher()
-            if not constraint.failed:
-                work.append((matcher, row))
+        work = [(c.matcher, row) for row, c in enumerate(constraints) if not c.failed]
         fill_next_token_bitmask_par(self._executor, work, bits)
         for matcher, row in work:
             constraints[row].failed = matcher.is_error()
         return bits
 
-    @staticmethod
-    def _with_mask(rows: Iterable[Sequence]) -> dict[int, Constraint]:
-        found = ((row.handle, row.constraint) for row in rows)
-        return {handle: one for handle, one in found if one is not None and one.has_mask}
+
+def _masked(row: Sequence) -> bool:
+    return row.constraint is not None and row.constraint.has_mask

@@ -69,6 +69,7 @@ class AnswerForm:
         functions: the names of the functions, and the JSON Schemas of their arguments as texts.
         required: whether it has to be a call.
         parallel: whether there may be several.
+        strict: the names of the functions whose arguments follow their schema in any case.
     """
 
     schema: str = ""
@@ -76,6 +77,12 @@ class AnswerForm:
     functions: tuple[tuple[str, str], ...] = ()
     required: bool = False
     parallel: bool = True
+    strict: tuple[str, ...] = ()
+
+    @property
+    def lazy(self) -> bool:
+        """Whether only calls follow a grammar, each from its opening on."""
+        return bool(self.strict) and not self.schema and not self.required
 
 
 FREE = AnswerForm()
@@ -191,7 +198,10 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """What one step gave one sequence; the last one bears `finish`, or `error` (code, message)."""
+    """What one step gave one sequence; the last one bears `finish`, or `error`.
+
+    The error is a code, a message, and the parameter at fault where there is one.
+    """
 
     handle: int
     pieces: tuple[Piece, ...] = ()
@@ -200,7 +210,7 @@ class Output(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
-    error: tuple[str, str] | None = None
+    error: Union[tuple[str, str], tuple[str, str, str], None] = None
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -35,5 +35,6 @@ def outfit(sequence: Sequence, tokenizer: Any, tokens: Tokens) -> None:
     if constraint.limits:
         sequence.constraint = constraint
     sequence.detokenizer.replay(sequence.output_ids, constraint.push)
+    constraint.adopt()  # where it is compiled already
     if sequence.scores is not None:
         sequence.detokenizer.marks = []

@@ -25,7 +25,13 @@ class Found:
 
 
 class ToolParser(ABC):
-    """Reads one answer. What was found depends on the text alone, not on how it came in pieces."""
+    """Reads one answer. What was found depends on the text alone, not on how it came in pieces.
+
+    Attributes:
+        opening: the tag that a call begins with.
+    """
+
+    opening: str
 
     @staticmethod
     @abstractmethod
@@ -43,6 +49,17 @@ class ToolParser(ABC):
             functions: names, and JSON Schemas of arguments as texts.
             quote: writes a tag or a text as the grammar's terminal for it.
             parallel: whether there may be more than one call.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def call_grammar(
+        functions: Sequence[tuple[str, str]], strict: Sequence[str], quote: Callable[[str], str]
+    ) -> str:
+        """Return a grammar in llguidance's Lark for one call, from behind its opening tag on.
+
+        It accepts as soon as the call is complete; or once the name is known, where that is not
+        one of the `strict`: such a call may be anything.
         """
 
     @abstractmethod

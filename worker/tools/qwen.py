@@ -21,6 +21,7 @@ _HEAD = re.compile(
 )
 _MAYBE_HEAD = re.compile(r'<tool_call>\s*(\{\s*("|$)|$)')
 _BLANK = re.compile(r"\s*")
+_SPACE = r"[ \n]{0,4}"  # in a grammar: what a model may write around the marks of JSON
 
 
 class QwenToolParser(ToolParser):
@@ -30,6 +31,8 @@ class QwenToolParser(ToolParser):
     begun they are passed on even if they turn out to be no JSON: what was sent cannot be taken back
     (as with OpenAI's models, callers have to check them).
     """
+
+    opening = OPEN
 
     def __init__(self) -> None:
         self._state: Literal["text", "arguments", "tail"] = "text"
@@ -57,6 +60,27 @@ class QwenToolParser(ToolParser):
             head = quote(f'\n{{"name": {json.dumps(name)}, "arguments": ')
             tail = quote("}\n")
             rules.append(f"call_{n}: {quote(OPEN)} {head} %json {schema} {tail} {quote(CLOSE)}")
+        return "\n".join(rules)
+
+    @staticmethod
+    def call_grammar(
+        functions: Sequence[tuple[str, str]], strict: Sequence[str], quote: Callable[[str], str]
+    ) -> str:
+        """Return the grammar behind `<tool_call>`: the name first, since the rest hangs on it."""
+        free = [re.escape(name) for name, _ in functions if name not in strict]
+        options = [f"call_{n}" for n, (name, _) in enumerate(functions) if name in strict]
+        rules = [
+            f"start: HEAD ({' | '.join([*options, *(['FREE'] if free else [])])})",
+            f'HEAD: /{_SPACE}\\{{{_SPACE}"name"{_SPACE}:{_SPACE}"/',
+            f"TAIL: /{_SPACE}\\}}{_SPACE}/",
+        ]
+        if free:
+            rules.append(f'FREE: /({"|".join(free)})"(.|\\n)*/')
+        for n, (name, schema) in enumerate(functions):
+            if name in strict:
+                key = f'{_SPACE},{_SPACE}"(arguments|parameters)"{_SPACE}:{_SPACE}'
+                rules.append(f'NAME_{n}: /{re.escape(name)}"{key}/')
+                rules.append(f"call_{n}: NAME_{n} %json {schema} TAIL {quote(CLOSE)}")
         return "\n".join(rules)
 
     def read(self, text: str, *, final: bool) -> Iterator[Found]:

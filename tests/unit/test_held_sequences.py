@@ -1,0 +1,237 @@
+"""Sequences that wait for a grammar or a mask: they alone wait, and come to the same tokens."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from tests.engine_kit import Driver, Engine, config
+from tests.grammar_kit import ONE, content, form, heavy, prompt, run, sampling
+from worker.engine import grammars, holding
+from worker.engine.grammars import THREADS, Compilation
+from worker.engine.loader import load
+from worker.engine.masks import Masks
+from worker.engine.messages import Abort, Cancel
+
+pytestmark = pytest.mark.timeout(120)  # compiling in earnest, where others compute too
+
+FREE = sampling(max_tokens=150, ignore_eos=True)
+SHORT = sampling(max_tokens=15)
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_model):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load(config(demo_model), lambda *_: None)
+    torch.set_num_threads(threads)
+
+
+class Gate:
+    """Compiles no grammar with `slow` in it before it is opened; knows what was begun."""
+
+    def __init__(self, monkeypatch):
+        self.opened, self.begun = threading.Event(), []
+        compile_now = Compilation._compile
+
+        def compile_later(compilation, tokenizer):
+            self.begun.append(compilation.text)
+            if "slow" in compilation.text:
+                assert self.opened.wait(60)
+            return compile_now(compilation, tokenizer)
+
+        monkeypatch.setattr(Compilation, "_compile", compile_later)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()
+
+
+def slow(number=0):
+    """A form whose grammar waits for the gate."""
+    return form({"type": "object", "properties": {f"slow{number}": ONE}, "required": ["slow0"]})
+
+
+def tokens_of(engine, handle):
+    return len(engine.scheduler.find(handle).output_ids)
+
+
+def settled(engine, handle):
+    """Return a sequence's grammar once it is compiled."""
+    compilation = engine.scheduler.find(handle).constraint.compiling
+    if compilation is not None:
+        compilation.future.result(60)
+
+
+def test_others_go_on_while_a_heavy_grammar_is_compiled(loaded):
+    """Each of four rows gets a token in each of the many steps that the fifth waits."""
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    for handle in range(1, 5):
+        driver.add(handle, prompt(None, handle), FREE)
+    driver.step()
+    driver.add(5, prompt(heavy("h"), 5), sampling(max_tokens=3))
+    steps = 0
+    while tokens_of(engine, 5) == 0 and tokens_of(engine, 1) < FREE.max_tokens - 1:
+        before = [tokens_of(engine, handle) for handle in range(1, 5)]
+        driver.step()
+        assert [tokens_of(engine, handle) for handle in range(1, 5)] == [n + 1 for n in before]
+        steps += 1
+    assert steps > 20
+    driver.drain()
+    assert driver.last(5).finish == "length"
+
+
+def test_a_grammar_is_compiled_once_for_all_choices(loaded, gate):
+    """Eight sequences of one form share a compilation, and so does one that comes later."""
+    engine = Engine(loaded, 8)
+    driver = run(
+        engine, *[(prompt(form(), 7), sampling(seed=seed, max_tokens=30)) for seed in range(8)]
+    )
+    assert len({content(driver, handle) for handle in range(1, 9)}) > 1
+    run(engine, (prompt(form(), 8), SHORT))
+    assert len(gate.begun) == 1
+
+
+def test_a_light_grammar_does_not_wait_behind_heavy_ones(loaded, gate):
+    """With as many slow compilations as there may be but one, a light one's answer comes."""
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    for handle in range(1, THREADS):
+        driver.add(handle, prompt(slow(handle)), SHORT)
+    driver.add(THREADS, prompt(form(), 7), sampling())
+    while not driver.said.get(THREADS) or driver.last(THREADS).finish is None:
+        driver.step()
+    assert driver.last(THREADS).finish == "stop"
+    assert [tokens_of(engine, handle) for handle in range(1, THREADS)] == [0] * (THREADS - 1)
+    gate.opened.set()
+    driver.drain()
+
+
+def test_a_held_row_says_what_it_says_without_waiting(loaded, gate):
+    """Behind a thought, with rows on both sides that come and go meanwhile, nothing changes."""
+    work = prompt(slow(), 4, thinking=True), sampling(thinking_budget=5, max_tokens=60)
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    driver.add(1, prompt(None, 1), sampling(max_tokens=12, ignore_eos=True))
+    driver.add(2, *work)
+    driver.add(3, prompt(None, 3), sampling(max_tokens=30, ignore_eos=True))
+    driver.add(4, prompt(form(), 7), sampling())
+    while any(not driver.said.get(h) or driver.last(h).finish is None for h in (1, 3, 4)):
+        driver.step()
+    assert tokens_of(engine, 2) == 6  # the thought, and the tag that ends it
+    gate.opened.set()
+    driver.drain()
+    assert driver.ids(2) == run(Engine(loaded, 1), work).ids(1)
+
+
+@pytest.mark.parametrize("leave", [Abort, lambda h: Cancel(h, "requested")])
+def test_who_leaves_is_not_compiled_for(loaded, gate, leave):
+    """Its compilation is cancelled if nobody else waits for it, and it ends at once."""
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    for handle in range(1, THREADS + 1):
+        driver.add(handle, prompt(slow(handle)), SHORT)
+    for handle in (6, 7):
+        driver.add(handle, prompt(form(), handle), sampling())
+    [waiting] = {engine.scheduler.find(h).constraint.compiling for h in (6, 7)}
+    driver.step()
+    engine.handle(leave(6))
+    driver.step()
+    assert engine.scheduler.find(6) is None
+    assert not waiting.future.cancelled()
+    engine.handle(leave(7))
+    driver.step()
+    assert waiting.future.cancelled()
+    assert {o.finish for h in (6, 7) for o in driver.said.get(h, ())} <= {"stop"}
+    gate.opened.set()
+    driver.drain()
+    again = run(engine, (prompt(form(), 7), sampling()))
+    assert again.last(1).finish == "stop"
+
+
+@pytest.mark.parametrize("fault", ["wrong", "late"])
+def test_a_grammar_that_cannot_be_compiled_fails_its_sequence_alone(
+    loaded, gate, fault, monkeypatch
+):
+    """A wrong one, or one that takes too long, is the caller's error; the others go on."""
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    driver.add(1, prompt(None, 1), sampling(max_tokens=40, ignore_eos=True))
+    if fault == "wrong":
+        driver.add(2, prompt(form({"type": "strange"})), sampling())
+    else:
+        monkeypatch.setattr(grammars, "MOST_SECONDS", 0.0)
+        driver.add(2, prompt(slow()), sampling())
+    driver.drain()
+    code, message, param = driver.last(2).error
+    assert (code, param) == ("invalid_value", "response_format")
+    assert param in message
+    assert driver.last(1).completion_tokens == 40
+
+
+def test_a_successor_waits_for_the_grammar_too(loaded, gate):
+    """What the log holds is judged once there is a grammar: complete, wrong, or to be gone on."""
+    whole = run(Engine(loaded, 1), (prompt(form(), 7), sampling()))
+    ids = whole.ids(1)
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    slow_form = form(ONE | {"description": "slow"})
+    for handle, known in enumerate((ids, ids[:5], ids[3:] * 2), 1):
+        driver.add(handle, prompt(slow_form, 7), sampling(), known)
+    for _ in range(5):
+        driver.step()
+    assert driver.said == {}
+    gate.opened.set()
+    driver.drain()
+    assert [driver.last(h).finish for h in (1, 2, 3)] == ["stop", "stop", None]
+    assert driver.ids(1) == []
+    assert driver.ids(2) == ids[5:]
+    assert driver.last(3).error[0] == "generation_failed"
+
+
+def test_a_late_mask_holds_nobody_else(loaded, monkeypatch):
+    """Rows without a grammar get their tokens while a mask is computed; the row loses nothing."""
+    work = prompt(form(), 7), sampling(max_tokens=40)
+    alone = run(Engine(loaded, 1), work).ids(1)
+    opened, compute = threading.Event(), Masks._compute
+
+    def compute_later(masks, constraints):
+        assert opened.wait(60)
+        return compute(masks, constraints)
+
+    monkeypatch.setattr(Masks, "_compute", compute_later)
+    monkeypatch.setattr(holding, "MASK_SECONDS", 0.0)
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    try:
+        driver.add(1, *work)
+        driver.add(2, prompt(None, 1), sampling(max_tokens=20, ignore_eos=True))
+        settled(engine, 1)
+        while not driver.said.get(2) or driver.last(2).finish is None:
+            driver.step()
+        assert driver.ids(1) == []
+    finally:
+        opened.set()
+    driver.drain()
+    assert driver.ids(1) == alone
+
+
+def test_what_is_kept_of_grammars_is_bounded(loaded, gate, monkeypatch):
+    """Beyond the bound the ones used longest ago go; those in use stay."""
+    monkeypatch.setattr(grammars, "MOST_KEPT", 2)
+    kept = Engine(loaded, 8).tokens.grammars
+    used = kept.borrow('start: "slow"')
+    for number in range(4):
+        one = kept.borrow(f'start: "{number}"')
+        assert not one.future.result(60).is_error()
+        kept.give_back(one)
+    assert list(kept._kept) == [used.text, one.text]
+    gate.opened.set()
+    kept.give_back(used)
+    assert kept.borrow(used.text) is used
