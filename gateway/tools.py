@@ -67,6 +67,9 @@ def _function(tool: Any, where: str, budget: SchemaBudget, *, nested: bool) -> F
     if described is not None and not isinstance(described, str):
         raise invalid(f"{where}.description", "must be a string")
     budget.spend(f"{where}.description", characters=len(described or ""))
+    strict = given.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise invalid(f"{where}.strict", "must be true or false")
     schema = given.get("parameters")
     if schema is not None and not isinstance(schema, dict):
         raise invalid(f"{where}.parameters", "must be an object")
@@ -76,7 +79,7 @@ def _function(tool: Any, where: str, budget: SchemaBudget, *, nested: bool) -> F
     checked = check_schema(schema, f"{where}.parameters", budget)  # before it is read any further
     function = {"name": name, "description": described or "", "parameters": schema}
     definition = json.dumps({"type": "function", "function": function}, ensure_ascii=False)
-    return Function(name, definition, checked)
+    return Function(name, definition, checked, strict is True)
 
 
 def _name(given: dict[str, Any], where: str) -> str:

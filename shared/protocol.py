@@ -67,12 +67,14 @@ class Function(msgspec.Struct, frozen=True, omit_defaults=True):
     """A function that the model may call.
 
     `definition` is the JSON text of what the client said of it, for the prompt; `schema` that of
-    the JSON Schema of its arguments. As texts they keep the order of their properties.
+    the JSON Schema of its arguments. As texts they keep the order of their properties. With
+    `strict` the arguments follow the schema even where the model need not call.
     """
 
     name: str
     definition: str
     schema: str
+    strict: bool = False
 
 
 class Tools(msgspec.Struct, frozen=True, omit_defaults=True):

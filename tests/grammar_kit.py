@@ -55,3 +55,19 @@ def heavy(name, functions=3):
     schema = check_schema({"type": "object", "properties": properties}, "tools")
     named = tuple((f"{name}_{number}", schema) for number in range(functions))
     return AnswerForm(tools="qwen", functions=named, required=True, parallel=False)
+
+
+def offered(strict=("look",), free=("now",), schema=ONE):
+    """Functions that may be called, of which some follow their schema."""
+    checked = check_schema(schema, "tools")
+    functions = tuple((name, checked) for name in (*strict, *free))
+    return AnswerForm(tools="qwen", functions=functions, strict=tuple(strict))
+
+
+def called(driver, handle):
+    """Return the calls of a sequence: names, and arguments as texts."""
+    made = {}
+    for piece in (p for o in driver.said[handle] for p in o.pieces):
+        if piece.call:
+            made.setdefault(piece.call.index, [piece.call.name, ""])[1] += piece.text
+    return [tuple(call) for call in made.values()]

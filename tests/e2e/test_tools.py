@@ -101,6 +101,22 @@ def test_a_format_is_followed_by_every_choice_and_behind_a_thought(client):
     assert answer.usage.completion_tokens_details.reasoning_tokens <= 3 * 8
 
 
+def test_a_strict_function_is_followed_where_the_model_need_not_call(client, demo_model):
+    """With `auto`, a model that is made to open calls writes them by the schema."""
+    added = json.loads((demo_model / "tokenizer.json").read_text())["added_tokens"]
+    [tag] = [token["id"] for token in added if token["content"] == "<tool_call>"]
+    request = BASE | {"tools": [LOOK], "logit_bias": {str(tag): 12}, "temperature": 1.0}
+    made = []
+    for seed in range(4):
+        with client.chat.completions.stream(**request | {"seed": seed}) as stream:
+            choice = stream.get_final_completion().choices[0]
+        calls = choice.message.tool_calls or []
+        made += calls if choice.finish_reason == "tool_calls" else calls[:-1]
+    assert made
+    for call in made:
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
 def test_random_formats_are_followed_side_by_side(client):
     """Twenty schemas at once, half of them streamed, each answered with a document that follows."""
 

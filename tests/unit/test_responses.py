@@ -221,7 +221,7 @@ def test_functions_formats_and_efforts_are_read():
     """They mean what the same fields of a chat mean, and are kept to be shown."""
     form = {"type": "json_schema", "name": "it", "schema": {"type": "integer"}, "strict": True}
     asked = parsed(
-        tools=[FUNCTION],
+        tools=[{**FUNCTION, "strict": True}],
         tool_choice={"type": "function", "name": "look"},
         text={"format": form},
         reasoning={"effort": "low"},
@@ -231,7 +231,9 @@ def test_functions_formats_and_efforts_are_read():
     assert json.loads(asked.generation.schema)["type"] == "integer"
     assert asked.generation.sampling.thinking_budget == 1024
     assert json.loads(asked.response.format) == form
-    assert json.loads(asked.response.tools)[0]["name"] == "look"
+    assert tools.functions[0].strict
+    [shown] = json.loads(asked.response.tools)
+    assert (shown["name"], shown["strict"]) == ("look", True)
 
 
 def test_only_known_fields_of_formats_and_choices_are_kept():

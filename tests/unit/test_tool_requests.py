@@ -67,6 +67,7 @@ def nested(depth):
         ({"tools": [tool("a b")]}, "tools[0].function.name"),
         ({"tools": [tool("x" * 129)]}, "tools[0].function.name"),
         ({"tools": [tool(description=5)]}, "tools[0].function.description"),
+        ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
         ({"tools": [tool(parameters=5)]}, "tools[0].function.parameters"),
         ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters"),
         ({"tools": [tool(parameters={"properties": {}})]}, "tools[0].function.parameters"),
@@ -231,6 +232,15 @@ def test_the_order_of_properties_is_kept_on_the_way_to_the_worker():
         "description",
         "parameters",
     ]
+
+
+def test_strict_functions_are_told_to_the_worker():
+    """Only `strict: true` is; and it makes another request."""
+    plain, strict = chat(tools=[tool(strict=False)]), chat(tools=[tool(strict=True), tool("b")])
+    assert [f.strict for f in plain.generation.tools.functions] == [False]
+    kept = decode_request(encode_request(strict.generation))
+    assert [f.strict for f in kept.tools.functions] == [True, False]
+    assert chat(tools=[tool()]).digest == plain.digest != chat(tools=[tool(strict=True)]).digest
 
 
 def test_choices_mean_what_they_say():

@@ -320,7 +320,8 @@ def answer_form(tools: Tools | None, schema: str, parser: str) -> AnswerForm:
         return AnswerForm(schema)
     functions = tuple((f.name, f.schema) for f in tools.functions if tools.only in (None, f.name))
     parallel = tools.parallel and tools.only is None
-    return AnswerForm(schema, parser, functions, tools.choice == "required", parallel)
+    strict = tuple(function.name for function in tools.functions if function.strict)
+    return AnswerForm(schema, parser, functions, tools.choice == "required", parallel, strict)
 
 
 def create(
