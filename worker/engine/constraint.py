@@ -118,7 +118,6 @@ class Constraint:
         forced: the only token that may come now, because the thought has to end; else None.
         matcher: that of the grammar, where the sequence stands; None where nothing is to match.
         failed: whether the grammar's matcher has given up.
-        done: whether the answer is complete, so that nothing can follow.
         refused: whether the grammar could not be compiled.
     """
 
@@ -133,7 +132,7 @@ class Constraint:
         self._behind: list[tuple[int, bool]] = []  # tokens before it was compiled: see `_read`
         self._forced_count = 0  # tokens of the thought's end that were forced
         self._answering = not sequence.prompt.thinking
-        self.failed = self.refused = self.done = False
+        self.failed = self.refused = self._done = False
         self.forced = self._end_of_thought()
 
     @property
@@ -152,6 +151,11 @@ class Constraint:
         if self.compiling is None or not self._answering:
             return False
         return bool(self._behind) if self._tag else True
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, so that nothing can follow."""
+        return self._done
 
     @property
     def has_mask(self) -> bool:
@@ -216,7 +220,7 @@ class Constraint:
             if self.failed:
                 return  # one that has given up is "stopped" as well
             if not self._tag:
-                self.done = bool(self.matcher.is_stopped())
+                self._done = bool(self.matcher.is_stopped())
             elif self.matcher.is_accepting():
                 self.matcher = None  # the call is complete, or one that may be anything
         elif opens:
