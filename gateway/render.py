@@ -143,14 +143,17 @@ def _logprobs(deltas: Iterable[Delta]) -> dict[str, Any] | None:
     if not scored:
         return None
     tokens = {
-        channel: [_token(scores) for d in scored if d.channel == channel for scores in d.scores]
+        channel: [
+            scores_json(scores) for d in scored if d.channel == channel for scores in d.scores
+        ]
         for channel in ("content", "reasoning")
     }
     found: dict[str, Any] = {"content": tokens["content"], "refusal": None}
     return {**found, "reasoning_content": tokens["reasoning"]} if tokens["reasoning"] else found
 
 
-def _token(scores: TokenScores) -> dict[str, Any]:
+def scores_json(scores: TokenScores) -> dict[str, Any]:
+    """Return a drawn token with its log probability, and the likeliest ones in its place."""
     return {**_scored(scores.drawn), "top_logprobs": [_scored(other) for other in scores.top]}
 
 

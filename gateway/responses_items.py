@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
-from gateway.render import call_identity
-from shared.protocol import CallDelta, Delta
+from gateway.render import call_identity, scores_json
+from shared.protocol import CallDelta, Delta, ScoredDelta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,8 +54,8 @@ class Item(ABC):
         """Yield the events before its first text."""
 
     @abstractmethod
-    def delta(self, text: str) -> ItemEvent:
-        """Return the event for more text."""
+    def delta(self, event: Any) -> ItemEvent:
+        """Return the event for more text, of a delta that it `takes`."""
 
     @abstractmethod
     def closing(self, status: ItemStatus) -> Iterator[ItemEvent]:
@@ -72,6 +72,7 @@ class TextItem(Item):
     def __init__(self, event: Delta, response_id: str, index: int) -> None:
         self.channel = event.channel
         self.is_reasoning = event.channel == "reasoning"
+        self.scores: list[dict[str, Any]] = []
         item_id = f"{'rs' if self.is_reasoning else 'msg'}_{response_id.removeprefix('resp_')}"
         # More than one item of a kind: each has an id of its own.
         super().__init__(item_id + (f"_{index}" if index > 1 else ""), index)
@@ -85,15 +86,18 @@ class TextItem(Item):
         yield self.added
         yield "response.content_part.added", {**self._place, "part": self._part("")}
 
-    def delta(self, text: str) -> ItemEvent:
+    def delta(self, event: Delta) -> ItemEvent:
         """Return the event for more text."""
-        self.texts.append(text)
-        return f"{self._event}.delta", {**self._place, "delta": text, **self._more}
+        self.texts.append(event.text)
+        scores = event.scores if isinstance(event, ScoredDelta) and not self.is_reasoning else ()
+        new = [scores_json(one) for one in scores]
+        self.scores += new
+        return f"{self._event}.delta", {**self._place, "delta": event.text, **self._more(new)}
 
     def closing(self, status: ItemStatus) -> Iterator[ItemEvent]:
         """Yield the events behind its last text."""
         text = self.text
-        yield f"{self._event}.done", {**self._place, "text": text, **self._more}
+        yield f"{self._event}.done", {**self._place, "text": text, **self._more(self.scores)}
         yield "response.content_part.done", {**self._place, "part": self._part(text)}
         yield self.done(status)
 
@@ -116,16 +120,16 @@ class TextItem(Item):
         """What its text's events say of where they belong."""
         return {"item_id": self.id, "output_index": self.index, "content_index": 0}
 
-    @property
-    def _more(self) -> dict[str, Any]:
-        """What the text's events say beside the text."""
-        return {} if self.is_reasoning else {"logprobs": []}
+    def _more(self, scores: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the text's events say beside the text; of its tokens no bytes, as OpenAI."""
+        return {} if self.is_reasoning else {"logprobs": [_without_bytes(one) for one in scores]}
 
     def _part(self, text: str) -> dict[str, Any]:
         """Return its only content part."""
         if self.is_reasoning:
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        scores = self.scores if text else []
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": scores}
 
 
 class CallItem(Item):
@@ -146,8 +150,9 @@ class CallItem(Item):
         """Yield the event before its arguments."""
         yield self.added
 
-    def delta(self, text: str) -> ItemEvent:
-        """Return the event for more of its arguments."""
+    def delta(self, event: CallDelta | Delta) -> ItemEvent:
+        """Return the event for more of its arguments; log probabilities of calls are not told."""
+        text = event.arguments if isinstance(event, CallDelta) else event.text
         self.texts.append(text)
         return "response.function_call_arguments.delta", {**self._place, "delta": text}
 
@@ -171,3 +176,8 @@ class CallItem(Item):
     @property
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self.index}
+
+
+def _without_bytes(scores: dict[str, Any]) -> dict[str, Any]:
+    top = [{"token": one["token"], "logprob": one["logprob"]} for one in scores["top_logprobs"]]
+    return {"token": scores["token"], "logprob": scores["logprob"], "top_logprobs": top}

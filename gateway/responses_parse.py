@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROLES = ("user", "assistant", "system", "developer")
 NEVER = ("previous_response_id", "conversation", "prompt", "context_management", "moderation")
-NOT_YET = ("top_logprobs",)
+LOGPROBS = "message.output_text.logprobs"
 
 Metadata = dict[
     Annotated[str, Field(max_length=64)],
@@ -50,6 +50,8 @@ class ResponsesRequest(GenerationBody):
     parallel_tool_calls: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    include: list[Any] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
 def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
@@ -71,7 +73,9 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
     budget = SchemaBudget()
     generation = GenerationRequest(
         messages=_messages(asked),
-        sampling=sampling(asked, settings, max_tokens, 1, effort),
+        sampling=msgspec.structs.replace(
+            sampling(asked, settings, max_tokens, 1, effort), logprobs=_logprobs(asked)
+        ),
         tools=parse_tools(body, budget, nested=False),
         schema=parse_format(form, "text.format", budget),
         effort=effort or "",
@@ -91,6 +95,11 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
         response=params,
         silent=silent(asked),
     )
+
+
+def _logprobs(asked: ResponsesRequest) -> int | None:
+    """Return how many of the likeliest tokens to tell; None where nobody asks to see them."""
+    return (asked.top_logprobs or 0) if LOGPROBS in (asked.include or ()) else None
 
 
 def _effort(body: dict[str, Any]) -> str | None:
@@ -118,6 +127,7 @@ def _params(
         format=json.dumps(form),
         effort=generation.effort,
         metadata=asked.metadata or {},
+        top_logprobs=asked.top_logprobs or 0,
     )
 
 
@@ -147,15 +157,10 @@ def _shown_format(form: dict[str, Any] | None, budget: SchemaBudget) -> dict[str
 
 def _refuse_unsupported(body: dict[str, Any]) -> None:
     """Refuse what would change the answer if it were ignored."""
-    for param in (*NEVER, *NOT_YET):
+    for param in NEVER:
         if body.get(param):
             raise unsupported(param)
     _refuse_options(body)
-    include = body.get("include")
-    if include is not None and not isinstance(include, list):
-        raise UnbrokenError("invalid_value", "'include' must be a list.", "include")
-    if "message.output_text.logprobs" in (include or []):
-        raise unsupported("include", "of log probabilities is not supported")
     if body.get("stream_options") is not None and not body.get("stream"):
         raise UnbrokenError(
             "invalid_value", "'stream_options' needs 'stream': true.", "stream_options"

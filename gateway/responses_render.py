@@ -151,8 +151,7 @@ class ResponseBuilder:
             kind = CallItem if isinstance(event, CallDelta) else TextItem
             self._item = item = kind(event, self.id, place)  # type: ignore[arg-type]
             events += [self._number(*one) for one in item.opening()]
-        text = event.arguments if isinstance(event, CallDelta) else event.text
-        return [*events, self._number(*item.delta(text))]
+        return [*events, self._number(*item.delta(event))]
 
     def _close(self, status: ItemStatus) -> list[ResponseEvent]:
         """End the open item, if there is one."""
@@ -203,7 +202,7 @@ class ResponseBuilder:
             "text": {"format": msgspec.json.decode(params.format)},
             "reasoning": {"effort": params.effort or None, "summary": None},
             "truncation": "disabled",
-            "top_logprobs": 0,
+            "top_logprobs": params.top_logprobs,
             "instructions": None,
             "previous_response_id": None,
             "max_tool_calls": None,

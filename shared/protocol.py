@@ -169,6 +169,7 @@ class ResponseParams(msgspec.Struct, frozen=True, omit_defaults=True):
     format: str = '{"type": "text"}'
     effort: str = ""
     metadata: dict[str, str] = {}
+    top_logprobs: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

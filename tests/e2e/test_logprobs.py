@@ -30,6 +30,33 @@ def spelled(found) -> str:
     return b"".join(bytes(entry["bytes"]) for entry in found).decode(errors="replace")
 
 
+def test_a_response_s_answer_has_them_streamed_and_whole(stack):
+    """Included, they spell the message's text; the deltas' are those of the end, without bytes."""
+    request = {"model": "any", "input": "Hello!", "max_output_tokens": 12, "top_logprobs": 3}
+    request |= {"include": ["message.output_text.logprobs"], "reasoning": {"effort": "none"}}
+    request |= {"extra_body": {"seed": 3, "ignore_eos": True}}
+    with sdk(stack.url) as client:
+        whole = client.responses.create(**request)
+        events = list(client.responses.create(**request, stream=True))
+        plain = client.responses.create(**{**request, "include": None})
+    [part] = next(item for item in whole.output if item.type == "message").content
+    found = [entry.model_dump() for entry in part.logprobs]
+    assert spelled(found) == part.text
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 3 for entry in found)
+    assert (whole.top_logprobs, plain.top_logprobs) == (3, 3)
+    told = [
+        (entry.token, entry.logprob, [other.logprob for other in entry.top_logprobs])
+        for event in events
+        if event.type == "response.output_text.delta"
+        for entry in event.logprobs
+    ]
+    assert told == [
+        (e["token"], e["logprob"], [o["logprob"] for o in e["top_logprobs"]]) for e in found
+    ]
+    message = next(item for item in plain.output if item.type == "message")
+    assert message.content[0].logprobs == []
+
+
 def test_strict_validation_streamed_whole_and_for_each_choice(stack):
     """The SDK takes them; streamed ones add up to the whole answer; each choice has its own."""
     request = {**ASKED, "messages": TEXT, "max_tokens": 12, "n": 2, "top_logprobs": 4}

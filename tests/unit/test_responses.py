@@ -21,8 +21,11 @@ from shared.protocol import (
     Finished,
     MediaPart,
     ResponseParams,
+    Scored,
+    ScoredDelta,
     Started,
     TextPart,
+    TokenScores,
     Usage,
     encode_event,
 )
@@ -214,6 +217,47 @@ def test_items_become_messages():
     assert messages[2].parts == (TextPart("A cat."),)
 
 
+def scored(text, channel="content"):
+    """Return a delta with scores for each of its letters, and one letter that is likelier."""
+    scores = tuple(TokenScores(Scored(-1.5, c), (Scored(-0.5, (226,)),)) for c in text)
+    return ScoredDelta(0, (1,), text, channel, scores)
+
+
+def test_log_probabilities_stand_with_the_answer_s_text():
+    """Deltas have theirs, the end has all, with bytes in the item alone; thoughts have none."""
+    log = [Started(1), scored("hm", "reasoning"), scored("ab"), scored("é")]
+    events = parse(whole([encode_event(e) for e in (*log, Finished(("stop",), Usage()))]))
+    thought, answer = check_whole(events)["output"]
+    assert "logprobs" not in thought["content"][0]
+    told = answer["content"][0]["logprobs"]
+    assert [entry["token"] for entry in told] == ["a", "b", "é"]
+    assert told[2] == {
+        "token": "é", "bytes": [195, 169], "logprob": -1.5,
+        "top_logprobs": [{"token": "\ufffd", "bytes": [226], "logprob": -0.5}],
+    }  # fmt: skip
+    deltas = [e["logprobs"] for e in events if e["type"] == "response.output_text.delta"]
+    assert [len(entries) for entries in deltas] == [2, 1]
+    [done] = [e["logprobs"] for e in events if e["type"] == "response.output_text.done"]
+    assert done == deltas[0] + deltas[1]
+    top = [{"token": "\ufffd", "logprob": -0.5}]
+    assert done[2] == {"token": "é", "logprob": -1.5, "top_logprobs": top}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, (None, 0)),
+        ({"include": ["message.output_text.logprobs"]}, (0, 0)),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 3}, (3, 3)),
+        ({"include": ["reasoning.encrypted_content"], "top_logprobs": 3}, (None, 3)),
+    ],
+)
+def test_log_probabilities_are_told_where_they_are_included(fields, asked):
+    """`top_logprobs` alone is repeated, and has nothing to show itself in."""
+    request = parsed(**fields)
+    assert (request.generation.sampling.logprobs, request.response.top_logprobs) == asked
+
+
 FUNCTION = {"type": "function", "name": "look", "parameters": {"type": "object"}}
 
 
@@ -314,8 +358,8 @@ BAD = [
     ({"text": {"format": {"type": "json_schema", "schema": {}, "description": "x" * 600_000}}},
      "text.format.description"),
     ({"truncation": "auto"}, "truncation"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"include": ["message.output_text.logprobs"]}, "include"),
+    ({"top_logprobs": 21}, "top_logprobs"),
+    ({"top_logprobs": "2"}, "top_logprobs"),
     ({"include": "all"}, "include"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
     ({"input": []}, "input"),
