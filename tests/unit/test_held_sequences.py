@@ -62,7 +62,7 @@ def tokens_of(engine, handle):
 
 
 def settled(engine, handle):
-    """Return a sequence's grammar once it is compiled."""
+    """Wait until a sequence's grammar is compiled."""
     compilation = engine.scheduler.find(handle).constraint.compiling
     if compilation is not None:
         compilation.future.result(60)
@@ -128,6 +128,21 @@ def test_a_held_row_says_what_it_says_without_waiting(loaded, gate):
     gate.opened.set()
     driver.drain()
     assert driver.ids(2) == run(Engine(loaded, 1), work).ids(1)
+
+
+def test_who_waited_waits_for_its_turn_too(loaded, gate):
+    """Between the turns of a paced engine it gets no token, however ready it is."""
+    engine = Engine(loaded, 8)
+    driver = Driver(engine)
+    driver.add(1, prompt(slow()), SHORT)
+    driver.step()
+    gate.opened.set()
+    settled(engine, 1)
+    engine.step(decode=False)
+    assert tokens_of(engine, 1) == 0
+    while tokens_of(engine, 1) == 0:  # its mask is computed then
+        driver.step()
+    assert driver.drain().last(1).finish in ("stop", "length")
 
 
 @pytest.mark.parametrize("leave", [Abort, lambda h: Cancel(h, "requested")])

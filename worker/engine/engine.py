@@ -118,13 +118,12 @@ class Engine:
         """Prefill a chunk of the new prompts and decode the others; return what there is to say.
 
         Each running sequence gets one token; only one that is on trial, while one is. None gets one
-        without `decode`. Those whose grammar is not compiled yet, or whose mask is not computed, wait.
+        without `decode`, nor while its grammar is compiled or its mask computed.
 
         Raises:
             torch.AcceleratorError: the device is lost, and the engine with it.
         """
-        for sequence in self.holding.compiled():
-            self._settle(sequence)
+        self._settle()
         running = [s for s in self.scheduler.running if not self.holding.has(s)]
         trial = next((s for s in running if s.trial), None)
         self.drawer.masks.begin(self.scheduler.live)
@@ -203,21 +202,19 @@ class Engine:
             raise UnbrokenError(FAILED, LOG_FAILED)
         return done
 
-    def _settle(self, sequence: Sequence) -> None:
-        """Look at what a sequence's grammar, which it waited for, says of what it has so far."""
-        constraint = sequence.constraint
-        if constraint is None:
-            return
-        if constraint.refused:
-            param = "response_format" if sequence.prompt.form.schema else "tools"
-            self._fail(sequence, "invalid_value", NO_GRAMMAR.format(param), param)
-        elif constraint.failed:
-            self._fail(sequence, FAILED, LOG_FAILED)
-        elif constraint.done:
-            self._finish(sequence, ())
-        else:
-            return
-        self._remove(sequence)
+    def _settle(self) -> None:
+        """See what grammars that have come now say of what their sequences have so far."""
+        for sequence, constraint in self.holding.compiled():
+            if constraint.refused:
+                param = "response_format" if sequence.prompt.form.schema else "tools"
+                self._fail(sequence, "invalid_value", NO_GRAMMAR.format(param), param)
+            elif constraint.failed:
+                self._fail(sequence, FAILED, LOG_FAILED)
+            elif constraint.done:
+                self._finish(sequence, ())
+            else:
+                continue
+            self._remove(sequence)
 
     def _cancel(self, cancel: Cancel) -> None:
         sequence = self.scheduler.find(cancel.handle)

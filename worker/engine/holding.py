@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from worker.engine.constraint import Constraint
     from worker.engine.masks import Masks
     from worker.engine.sequence import Sequence
 
@@ -34,21 +35,22 @@ class Holding:
 
     def __init__(self, masks: Masks) -> None:
         self._masks = masks
-        self._compiling: dict[int, Sequence] = {}  # by handle; not all are held back yet
+        self._compiling: dict[
+            int, tuple[Sequence, Constraint]
+        ] = {}  # by handle; not all are held back yet
         self._parked: dict[int, tuple[Sequence, Tensor]] = {}  # with the next logits, [1, V]
 
     def watch(self, sequence: Sequence) -> None:
         """Take note of a sequence that may have a grammar, which may not be compiled yet."""
         if sequence.constraint is not None:
-            self._compiling[sequence.handle] = sequence
+            self._compiling[sequence.handle] = sequence, sequence.constraint
 
-    def compiled(self) -> list[Sequence]:
+    def compiled(self) -> list[tuple[Sequence, Constraint]]:
         """Return the sequences whose grammars have come, or failed to, since the last time."""
         found = []
-        for sequence in list(self._compiling.values()):
-            assert sequence.constraint is not None  # noqa: S101 - or it would not be here
-            sequence.constraint.adopt()
-            if not sequence.constraint.compiling:
+        for sequence, constraint in list(self._compiling.values()):
+            constraint.adopt()
+            if not constraint.compiling:
                 found.append(self._compiling.pop(sequence.handle))
         return found
 
@@ -78,8 +80,8 @@ class Holding:
             Some of the rows, and of those that waited; where there are none, the logits are empty.
         """
         waited = {h: one for h, one in self._parked.items() if not one[0].replays}  # else put back
-        late = self._late([*rows, *(sequence for sequence, _ in waited.values())])
-        late |= set() if turn else set(waited)
+        asked = [sequence for sequence, _ in waited.values()] if turn else []
+        late = self._late([*rows, *asked]) | (set() if turn else set(waited))
         self._parked = {handle: one for handle, one in waited.items() if handle in late}
         taken = [one for handle, one in waited.items() if handle not in late]
         parts, chosen = [], []
