@@ -17,7 +17,7 @@ from shared.session_log import replay
 from shared.store import FAILED
 from worker.engine.messages import Add
 from worker.meter import RunMeter, attributes, failed
-from worker.parts import GiveBack, LeaseLost
+from worker.parts import NOT_NOW, GiveBack, LeaseLost, Turn
 from worker.publisher import Ending
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ CLAIMS_PER_ATTEMPT = 4
 """So many claims count as an attempt, since a worker may die before its engine has begun."""
 
 FREE_CLAIMS = 2
-"""A session that has been claimed more often, without a new token, is prepared and tried alone."""
-
-NOT_NOW = ("unavailable", "model_not_ready")
-"""Codes of what this worker cannot do for the moment, whatever the request."""
+"""A session claimed more often, without a new token, is prepared and tried in a turn of its own."""
 
 
 class SessionJob:
@@ -64,6 +61,7 @@ class SessionJob:
         self._meter: RunMeter | None = None
         self._may_be_abandoned = False  # before it is known whether it needs a watcher
         self._attempt: asyncio.Task[None] | None = None
+        self._turn = Turn(parts.trials)
 
     def abandon(self) -> None:
         """End the session because nobody watches it, unless it goes on all the same."""
@@ -163,6 +161,8 @@ class SessionJob:
         except msgspec.MsgspecError:
             event = Failed("generation_failed", "The session's request or log is not readable.")
             return Ending(event, "failed", self._usage())
+        finally:
+            self._turn.leave()
 
     async def _load(self, record: SessionRecord) -> tuple[GenerationRequest, list[tuple[int, ...]]]:
         """Read the request, and the tokens of each choice so far."""
@@ -204,12 +204,12 @@ class SessionJob:
     async def _prepare_in_turn(
         self, request: GenerationRequest, record: SessionRecord
     ) -> Prompt | None:
-        """Prepare; one whose workers died again and again does so alone, and as an attempt."""
-        if record.claims <= FREE_CLAIMS:
-            return await self._prepare(request, record)
-        async with self._parts.trials:
-            await self._count_attempt()
-            return await self._prepare(request, record)
+        """Prepare; one whose workers died again and again does so in its turn, as an attempt."""
+        if record.claims > FREE_CLAIMS:
+            await self._turn.take(self._interrupted)
+            if not self._interrupted.done():
+                await self._count_attempt()
+        return await self._prepare(request, record)
 
     async def _prepare(self, request: GenerationRequest, record: SessionRecord) -> Prompt | None:
         """Fetch, decode and tokenize; None if the session is cancelled meanwhile.
@@ -302,6 +302,7 @@ class SessionJob:
             blamed = any(self._parts.engine.blames(handle) for handle in self._handles)
             self._done.set_exception(GiveBack(blameless=not blamed))
             return
+        self._turn.leave()
         choice = self._handles[output.handle]
         if output.error:
             self._done.set_exception(UnbrokenError(*output.error))

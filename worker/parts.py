@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from worker.prompts import PromptBuilder
     from worker.publisher import Publisher
 
+NOT_NOW = ("unavailable", "model_not_ready")
+"""Codes of what a worker cannot do for the moment, whatever the request."""
+
 
 class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
     """The session is another worker's now, or gone: drop it without a word."""
@@ -47,4 +50,34 @@ class Parts:
         self.prompts, self.engine = prompts, engine
         self.max_attempts = max_attempts
         self.trials = asyncio.Lock()
-        """Held while a session is prepared whose workers died before their engines had begun it."""
+        """Held by the session whose turn it is; see `Turn`."""
+
+
+class Turn:
+    """A session's turn to be tried alone, from its preparation until its engine has said something.
+
+    Those that wait for theirs have done nothing, and cannot be blamed for what kills the worker.
+
+    Args:
+        trials: shared by all sessions of the worker.
+    """
+
+    def __init__(self, trials: asyncio.Lock) -> None:
+        self._trials, self._held = trials, False
+
+    async def take(self, interrupted: asyncio.Future[None]) -> None:
+        """Wait for the turn, unless the session is interrupted before; `leave` comes after it."""
+        waiting = asyncio.ensure_future(self._trials.acquire())
+        try:
+            await asyncio.wait({waiting, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if waiting.done():
+                self._held = True
+            else:
+                waiting.cancel()
+
+    def leave(self) -> None:
+        """End the turn, if it is ours."""
+        if self._held:
+            self._held = False
+            self._trials.release()

@@ -207,6 +207,9 @@ async def test_a_stopping_worker_hands_over_a_few_sessions_at_a_time(make, log, 
         await asyncio.sleep(0.01)
     for _ in range(5):
         old.engine.step()
+    for name in names:  # what it writes itself is no sign of another's progress
+        while (await log.record(name)).last < 5:
+            await asyncio.sleep(0.005)
     new.engine.going.clear()  # it claims, and says nothing yet
     new.start()
     draining = asyncio.create_task(old.consumer.drain(60, [len(names) - 2]))
@@ -313,6 +316,59 @@ async def test_what_kills_workers_before_their_engines_begin_is_found_out_alone(
     for name in "abc":
         record, text = await ended(log, name)
         assert (record.status, text) == ("finished", WHOLE)
+
+
+async def suspects(worker, store, *names):
+    """Queue sessions whose workers died so often that each is tried in a turn of its own."""
+    await submit(worker.queue, *names)
+    for _ in range(FREE_CLAIMS):
+        assert len((await worker.queue.claim("dead", len(names))).sessions) == len(names)
+        await store.redis.zadd(keys.LEASES, dict.fromkeys(names, 1))
+
+
+async def test_a_turn_lasts_until_the_engine_has_said_something(make, log, store):
+    """What waits for its turn is no attempt: a worker that dies then counts for one alone."""
+    worker = make()
+    worker.engine.going.clear()
+    await suspects(worker, store, "a", "b", "c")
+    worker.start()
+    while not worker.engine.running:
+        await asyncio.sleep(0.005)
+    await submit(worker.queue, "d")
+    while len(worker.engine.running) < 2:
+        await asyncio.sleep(0.005)
+    assert len(worker.prompts.begun) == 2
+    assert sorted([(await log.record(name)).attempts for name in "abc"]) == [0, 0, 1]
+    worker.engine.going.set()
+    for name in "abcd":
+        assert (await ended(log, name))[1] == WHOLE
+
+
+async def test_a_session_that_waits_for_its_turn_can_be_cancelled(make, log, store):
+    """It ends at once, and untried, while the one before it is still being prepared."""
+    worker, going = make(), asyncio.Event()
+    build = worker.prompts.build
+
+    async def build_slowly(request, **options):
+        await going.wait()
+        return await build(request, **options)
+
+    worker.prompts.build = build_slowly
+    await suspects(worker, store, "a", "b")
+    worker.start()
+    waiting = None
+    while waiting is None:
+        await asyncio.sleep(0.005)
+        attempts = {name: (await log.record(name)).attempts for name in "ab"}
+        waiting = next(
+            (n for n in "ab" if sorted(attempts.values()) == [0, 1] and not attempts[n]), None
+        )
+    await worker.queue.cancel(waiting, "", "requested")
+    record, _ = await ended(log, waiting)
+    assert (record.status, record.attempts) == ("cancelled", 0)
+    going.set()
+    [other] = {"a", "b"} - {waiting}
+    assert (await ended(log, other))[1] == WHOLE
 
 
 async def test_an_output_that_cannot_be_written_ends_its_session(make, log):
