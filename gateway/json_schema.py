@@ -24,6 +24,10 @@ MAX_ALL_NODES = 8 * MAX_NODES
 
 MAX_ENUM = 1000
 
+MAX_OPTIONAL = 400
+"""Properties of one object that may be left out: with some 500 the matcher gives up, since any of
+them may come next."""
+
 WHITESPACE = r"\n?[ ]{0,16}"
 """Between two tokens of JSON: enough to indent, and not so much that a model loses itself in it."""
 
@@ -122,6 +126,7 @@ def _count(schema: Any, where: str) -> int:
                 if isinstance(target, str) and not target.startswith("#"):
                     raise invalid(where, "has a '$ref' that leads out of it: nothing is fetched")
                 below += node.values()
+                _check_width(node, where)
                 values = node.get("enum")
                 if isinstance(values, list) and len(values) > MAX_ENUM:
                     raise invalid(where, f"has an enum of more than {MAX_ENUM} values")
@@ -129,6 +134,16 @@ def _count(schema: Any, where: str) -> int:
                 below += node
         level = [node for node in below if isinstance(node, (dict, list))]
     return nodes
+
+
+def _check_width(node: dict[str, Any], where: str) -> None:
+    properties, required = node.get("properties"), node.get("required")
+    if not isinstance(properties, dict) or len(properties) <= MAX_OPTIONAL:
+        return
+    names = required if isinstance(required, list) else []
+    needed = {name for name in names if isinstance(name, str)} & properties.keys()
+    if len(properties) - len(needed) > MAX_OPTIONAL:
+        raise invalid(where, f"has an object with more than {MAX_OPTIONAL} optional properties")
 
 
 class _Gate:

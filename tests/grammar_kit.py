@@ -51,7 +51,11 @@ def content(driver, handle):
 
 def heavy(name, functions=3):
     """A required call whose grammar takes long to compile, and is within the bounds of a form."""
-    properties = {f"{name}{number}": {} for number in range(1900)}
+    wide = {
+        "type": "object",
+        "properties": {f"{name}{number}": {} for number in range(390)},
+    }
+    properties = {f"{name}{number}": wide for number in range(4)}
     schema = check_schema({"type": "object", "properties": properties}, "tools")
     named = tuple((f"{name}_{number}", schema) for number in range(functions))
     return AnswerForm(tools="qwen", functions=named, required=True, parallel=False)

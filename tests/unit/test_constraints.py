@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import torch
 
+from gateway.json_schema import MAX_OPTIONAL
 from shared.errors import UnbrokenError
 from tests.engine_kit import Driver, Engine, config
 from tests.grammar_kit import ONE, calls, content, form, prompt, run, sampling
@@ -149,6 +150,20 @@ def test_a_named_function_is_the_only_one(engine):
     """Of one function, the call is that one."""
     driver = run(engine, (prompt(calls(["now"], parallel=False)), sampling()))
     assert next(p.call.name for o in driver.said[1] for p in o.pieces if p.call) == "now"
+
+
+def test_an_object_as_wide_as_it_may_be_is_followed(engine):
+    """Each of the properties that may be left out may come next, and the matcher bears it."""
+    wide = {f"p{number}": {} for number in range(MAX_OPTIONAL)}
+    driver = run(
+        engine,
+        *[
+            (prompt(form({"type": "object", "properties": wide} | more), 7), sampling(max_tokens=9))
+            for more in ({}, {"additionalProperties": False})
+        ],
+    )
+    assert [driver.last(handle).error for handle in (1, 2)] == [None, None]
+    assert content(driver, 1).startswith("{")
 
 
 def test_a_cut_answer_is_the_beginning_of_one(engine):

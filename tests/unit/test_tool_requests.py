@@ -9,6 +9,7 @@ import time
 import msgspec
 import pytest
 
+from gateway.json_schema import MAX_OPTIONAL
 from gateway.openai import parse_chat
 from gateway.render import ChunkRenderer, CompletionBuilder, call_identity
 from gateway.sse import Frames
@@ -55,6 +56,11 @@ def nested(depth):
     return schema
 
 
+def wide(optional, needed=0):
+    names = [f"p{number}" for number in range(optional + needed)]
+    return {"type": "object", "properties": {n: {} for n in names}, "required": names[:needed]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -91,6 +97,10 @@ def nested(depth):
         ({"response_format": form(nested(100_000))}, "response_format.json_schema.schema"),
         (
             {"response_format": form({"enum": list(range(1001))})},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": form({"items": wide(MAX_OPTIONAL + 1)})},
             "response_format.json_schema.schema",
         ),
         (
@@ -150,6 +160,12 @@ RECURSIVE = [
 ]
 
 
+def test_only_optional_properties_are_counted():
+    """An object with many properties is refused for those that may be left out."""
+    assert chat(response_format=form(wide(MAX_OPTIONAL, 1000))).generation.schema
+    assert chat(response_format=form(wide(0, 1500))).generation.schema
+
+
 def test_recursion_needs_an_end():
     """A schema that contains itself passes if some finite document follows it, else not."""
     for schema in RECURSIVE:
@@ -196,7 +212,7 @@ def test_a_schema_of_any_shape_is_judged_in_time():
     assert max(times) < 0.7
 
 
-WIDE = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1900)}}
+WIDE = wide(0, 1900)
 
 
 @pytest.mark.parametrize(
