@@ -106,15 +106,17 @@ def test_a_strict_function_is_followed_where_the_model_need_not_call(client, dem
     added = json.loads((demo_model / "tokenizer.json").read_text())["added_tokens"]
     [tag] = [token["id"] for token in added if token["content"] == "<tool_call>"]
     request = BASE | {"tools": [LOOK], "logit_bias": {str(tag): 12}, "temperature": 1.0}
-    made = []
+    whole = []
     for seed in range(4):
-        with client.chat.completions.stream(**request | {"seed": seed}) as stream:
-            choice = stream.get_final_completion().choices[0]
-        calls = choice.message.tool_calls or []
-        made += calls if choice.finish_reason == "tool_calls" else calls[:-1]
-    assert made
-    for call in made:
-        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+        made, reason = {}, None
+        for chunk in client.chat.completions.create(**request | {"seed": seed}, stream=True):
+            reason = chunk.choices[0].finish_reason or reason
+            for part in chunk.choices[0].delta.tool_calls or ():
+                made[part.index] = made.get(part.index, "") + (part.function.arguments or "")
+        whole += list(made.values())[: None if reason == "tool_calls" else -1]
+    assert whole
+    for arguments in whole:
+        jsonschema.validate(json.loads(arguments), SCHEMA)
 
 
 def test_random_formats_are_followed_side_by_side(client):
