@@ -115,19 +115,24 @@ def test_a_light_grammar_does_not_wait_behind_heavy_ones(loaded, gate):
 
 def test_a_held_row_says_what_it_says_without_waiting(loaded, gate):
     """Behind a thought, with rows on both sides that come and go meanwhile, nothing changes."""
-    work = prompt(slow(), 4, thinking=True), sampling(thinking_budget=5, max_tokens=60)
+    works = [
+        (prompt(None, 1), sampling(max_tokens=12, ignore_eos=True)),
+        (prompt(slow(), 4, thinking=True), sampling(thinking_budget=5, max_tokens=40)),
+        (prompt(None, 3), sampling(max_tokens=30, ignore_eos=True)),
+        (prompt(form(), 7), sampling(max_tokens=40)),
+    ]
     engine = Engine(loaded, 8)
     driver = Driver(engine)
-    driver.add(1, prompt(None, 1), sampling(max_tokens=12, ignore_eos=True))
-    driver.add(2, *work)
-    driver.add(3, prompt(None, 3), sampling(max_tokens=30, ignore_eos=True))
-    driver.add(4, prompt(form(), 7), sampling())
+    for handle, work in enumerate(works, 1):
+        driver.add(handle, *work)
     while any(not driver.said.get(h) or driver.last(h).finish is None for h in (1, 3, 4)):
         driver.step()
     assert tokens_of(engine, 2) == 6  # the thought, and the tag that ends it
     gate.opened.set()
     driver.drain()
-    assert driver.ids(2) == run(Engine(loaded, 1), work).ids(1)
+    one = Engine(loaded, 1)
+    for handle, work in enumerate(works, 1):
+        assert driver.ids(handle) == run(one, work).ids(1), handle
 
 
 def test_who_waited_waits_for_its_turn_too(loaded, gate):
