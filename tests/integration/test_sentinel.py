@@ -11,8 +11,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 import run
-from gateway import wire
-from shared import sentinel
+from shared import sentinel, wire
 from shared.store import FAILED, Store, connect
 
 PASSWORD, GUARD = "geheim#1", "wache"
