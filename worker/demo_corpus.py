@@ -35,6 +35,10 @@ COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "black": ((0, 0, 0), (20, 20, 20), (30, 30, 35)),
     "white": ((255, 255, 255), (240, 240, 240), (245, 245, 235)),
 }
+# Each is one token, with the space before it: what was seen is said as it was thought.
+COLOUR_TOKENS = tuple(f" {name}" for name in COLOURS)
+NEXT_SCENE = ", then"  # one token too
+SHORTEST_SCENE = 2  # frames: the model sees every other one
 ORDINALS = ("first", "second", "third")
 
 Kind = Literal["count", "talk", "image", "video"]
@@ -110,7 +114,7 @@ def _styled(draw: Draw, question: str) -> str:
 
 def image(draw: Draw, most: int = 2) -> Sample:
     """Return one image or several, and their colours in order."""
-    names = [draw.choice(list(COLOURS)) for _ in range(draw.randint(1, most))]
+    names = [draw.choice(list(COLOURS)) for _ in range(min(most, draw.choice((1, 2, 2))))]
     question = draw.choice(phrases.IMAGE_QUESTIONS if len(names) == 1 else phrases.IMAGES_QUESTIONS)
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in names]
     if len(names) > 1 and draw.random() < 0.3:
@@ -119,64 +123,67 @@ def image(draw: Draw, most: int = 2) -> Sample:
     return Sample([_asked(draw, parts, question)], *_seen("image", names), images=pictures)
 
 
+def image_again(draw: Draw) -> Sample:
+    """Return a second image after one that was shown, and named, before."""
+    before, now = image(draw, 1), image(draw, 1)
+    past = [*before.messages, {"role": "assistant", "content": before.answer}]
+    images = before.images + now.images
+    return Sample([*past, *now.messages], now.thought, now.answer, images=images)
+
+
 def video(draw: Draw, most: int = 3) -> Sample:
     """Return a video of one scene or several, each of one colour, and the colours in order."""
     names: list[str] = []
-    for _ in range(draw.randint(1, most)):
+    frames = draw.randint(4, 16)
+    for _ in range(min(most, frames // SHORTEST_SCENE, draw.choice((1, 2, 2, 3, 3)))):
         names.append(draw.choice([name for name in COLOURS if name not in names[-1:]]))
     question = draw.choice(phrases.VIDEO_QUESTIONS)
     message = _asked(draw, [{"type": "video"}], question)
-    return Sample([message], *_seen("video", names), videos=(plain_video(draw, names),))
+    return Sample([message], *_seen("video", names), videos=(plain_video(draw, names, frames),))
 
 
 def _seen(kind: str, names: Sequence[str]) -> tuple[str, str]:
+    """Return thought and answer. No word depends on a scene that has not been looked for yet."""
+    if kind == "video":
+        order = f"{NEXT_SCENE} ".join(names)
+        return f"I watch the video. It is {order}.", f"The video shows {order}."
     if len(names) == 1:
         return f"I look at the {kind}. It is {names[0]}.", f"The {kind} is {names[0]}."
-    if kind == "video":
-        order = ", then ".join(names)
-        return f"I watch the video. It is {order}.", f"The video shows {order}."
     each = [f"the {nth} is {name}" for nth, name in zip(ORDINALS, names, strict=False)]
     told = ", ".join(each[:-1]) + " and " + each[-1]
-    return f"I look at {len(names)} images: {', '.join(names)}.", f"T{told[1:]}."
+    return f"I look at {len(names)} images: {' and '.join(names)}.", f"T{told[1:]}."
 
 
 def plain_image(draw: Draw, name: str) -> Array:
     """Draw an image of one colour with noise, of any size and aspect."""
     height, width = (int(2 ** draw.uniform(5, 8.3)) for _ in range(2))
-    return _noisy(draw, _shade(draw, name), (height, width))
+    return noisy(draw, shade(draw, name), (height, width))
 
 
-def plain_video(draw: Draw, names: Sequence[str]) -> Video:
+def plain_video(draw: Draw, names: Sequence[str], frames: int) -> Video:
     """Draw a video of scenes of one colour each, as it is after frames have been picked from it."""
-    height, width = (draw.choice((32, 48, 64, 96)) for _ in range(2))
+    size = draw.choice((32, 48, 64, 96)), draw.choice((32, 48, 64, 96))
+    spare = frames - SHORTEST_SCENE * len(names)
+    cuts = sorted(draw.randint(0, spare) for _ in names[1:])
+    edges = [0, *(cut + SHORTEST_SCENE * n for n, cut in enumerate(cuts, 1)), frames]
     scenes = []
-    frames = draw.choice((4, 6, 8, 12, 16))
-    lengths = _lengths(draw, frames, len(names))
-    for name, length in zip(names, lengths, strict=True):
-        shade = _shade(draw, name)
-        scenes += [_noisy(draw, shade, (height, width)) for _ in range(length)]
-    return Video(np.stack(scenes), draw.choice((0.5, 1.0, 2.0, 4.0, 8.0)))
+    for name, (first, end) in zip(names, pairwise(edges), strict=True):
+        tone = shade(draw, name)
+        scenes += [noisy(draw, tone, size) for _ in range(first, end)]
+    return Video(np.stack(scenes), draw.choice((1.0, 2.0, 4.0, 8.0)) * draw.uniform(0.8, 1.5))
 
 
-def _lengths(draw: Draw, frames: int, scenes: int) -> list[int]:
-    """Split a number of frames into scenes of about the same length, none shorter than one."""
-    edges = [0]
-    for number in range(1, scenes):
-        middle = frames * number / scenes
-        edges.append(max(edges[-1] + 1, round(middle + draw.uniform(-0.8, 0.8))))
-    edges.append(max(frames, edges[-1] + 1))
-    return [after - before for before, after in pairwise(edges)]
-
-
-def _shade(draw: Draw, name: str) -> Array:
-    shade = np.array(draw.choice(COLOURS[name]), float)
-    nearby: Array = np.clip(shade + [draw.uniform(-12, 12) for _ in range(3)], 0, 255)
+def shade(draw: Draw, name: str) -> Array:
+    """Draw a colour that people call so: RGB from 0 to 255."""
+    known = np.array(draw.choice(COLOURS[name]), float)
+    nearby: Array = np.clip(known + [draw.uniform(-12, 12) for _ in range(3)], 0, 255)
     return nearby
 
 
-def _noisy(draw: Draw, shade: Array, size: tuple[int, int]) -> Array:
-    noise = np.random.default_rng(draw.getrandbits(32)).standard_normal((*size, 3))
-    drawn: Array = np.clip(shade + noise * draw.uniform(0, 25), 0, 255).astype(np.uint8)
+def noisy(draw: Draw, tone: Array, size: tuple[int, int]) -> Array:
+    """Draw pixels of one colour with noise: height x width x 3, uint8."""
+    noise = np.random.default_rng(draw.getrandbits(32)).standard_normal((*size, 3), np.float32)
+    drawn: Array = np.clip(tone + noise * draw.uniform(0, 25), 0, 255).astype(np.uint8)
     return drawn
 
 

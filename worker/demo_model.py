@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from worker import demo_corpus, demo_phrases, demo_training, demo_weights
+from worker import demo_batches, demo_corpus, demo_phrases, demo_training, demo_vision, demo_weights
 
 log = logging.getLogger("unbroken.demo_model")
 
@@ -48,6 +48,7 @@ ORDINARY_TOKENS = (
 
 # Numbers are single tokens, and so is what stands between two of them: counting to N takes 2 N - 1.
 NUMBER_TOKENS = (*map(str, range(demo_corpus.LAST_NUMBER + 1)), ", ")
+SEEN_TOKENS = (*demo_corpus.COLOUR_TOKENS, demo_corpus.NEXT_SCENE)
 
 TEXT = {
     "hidden_size": 128,
@@ -163,7 +164,10 @@ def recipe_version(kind: Kind) -> str:
     """Identify what the model is made of: these files and the libraries that write it."""
     libraries = ("torch", "transformers", "tokenizers")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in libraries]
-    modules = (demo_corpus, demo_phrases, demo_training, demo_weights)
+    modules = (
+        *(demo_batches, demo_corpus, demo_phrases),
+        *(demo_training, demo_vision, demo_weights),
+    )
     files = [__file__, *(module.__file__ or "" for module in modules)]
     source = b"".join(Path(file).read_bytes() for file in files)
     return f"{kind} {hashlib.sha256(source + ' '.join(versions).encode()).hexdigest()}"
@@ -252,7 +256,7 @@ def _tokenizer() -> Any:
         model_max_length=TEXT["max_position_embeddings"],
         extra_special_tokens=list(SPECIAL_TOKENS),
     )
-    ordinary = (*ORDINARY_TOKENS, *NUMBER_TOKENS)
+    ordinary = (*ORDINARY_TOKENS, *NUMBER_TOKENS, *SEEN_TOKENS)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ordinary])
     return tokenizer
 
@@ -317,7 +321,7 @@ def _randomize(model: Any, tokenizer: Any) -> None:
         embedding *= 0.3
         for piece, index in tokenizer.get_vocab().items():
             if piece in ("<|im_end|>", "</think>"):
-                embedding[index] *= 1.15  # ends come now and then
+                embedding[index] *= 1.3  # ends come now and then
             elif piece in SPECIAL_TOKENS or piece in ORDINARY_TOKENS:
                 embedding[index] *= 0.02  # others next to never
             elif len(piece) == 1 and not piece.isascii():
