@@ -7,7 +7,9 @@ returns the function that answers each request. Arrays travel outside the pickle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -72,12 +74,17 @@ class _Child:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """End the process at once; whoever waits for its answer gets `ChildDied`."""
+        """End the process at once; whoever waits for its answer gets `ChildDied`.
+
+        The socket is shut too: of a child that is not forked yet, the other end lies in a queue.
+        """
         self.process.kill()
+        with contextlib.suppress(OSError):  # it is closed already
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def reap(self) -> None:
         """Kill the process and wait until it is gone."""
-        self.process.kill()
+        self.kill()
         self.process.wait()
         self.sock.close()
 

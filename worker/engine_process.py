@@ -74,14 +74,14 @@ class EngineProcess:
             self._process.kill()
             await self.gone(STOP_SECONDS)
         self._commands.put(None)
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # a write under way fails
+        self._shut()  # a write under way fails
         self._writer.join(STOP_SECONDS)  # microseconds: its socket is shut
         self.sock.close()
 
     def kill(self) -> None:
-        """End the process at once; its socket closes with it."""
+        """End the process at once; the reader sees the end, even of one that is not forked yet."""
         self._process.kill()
+        self._shut()
 
     def epitaph(self, phase: str) -> str:
         """Say in a sentence how the process ended, given the state that it ended in."""
@@ -93,6 +93,10 @@ class EngineProcess:
         hint = ", perhaps for want of memory" if phase == "loading" and name == "SIGKILL" else ""
         return f"The engine process was killed {where} ({name}{hint})."
 
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed, or the other end is
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def _write(self) -> None:
         while True:
             command = self._commands.get()
@@ -103,5 +107,5 @@ class EngineProcess:
             except Exception as error:
                 if not isinstance(error, Disconnected):  # deaf, it is as good as dead
                     log.exception("a command could not be sent")
-                    self.sock.shutdown(socket.SHUT_RDWR)
+                    self._shut()
                 return  # the reader notices too, and acts on it

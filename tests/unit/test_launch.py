@@ -1,5 +1,6 @@
 """Children that are forked from a process which has imported what they need, and how they end."""
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -14,7 +15,10 @@ import pytest
 
 from tests.stack import alive, wait_until
 from worker import launch
+from worker.child import ChildDied, ChildPool, StartFailed
 from worker.engine.channel import Channel
+from worker.engine.messages import EngineConfig
+from worker.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.unit.test_launch"
@@ -97,6 +101,45 @@ def test_a_child_that_is_killed_while_the_template_imports_is_gone_at_once() -> 
     template.close()
     sock.close()
     assert not busy.is_running()
+
+
+@pytest.fixture
+def busy_template():
+    """A template whose imports do not end."""
+    template = launch.Template("WARNING", f"{HERE}:import_for_ever")
+    yield template
+    template.close()
+
+
+async def test_closing_a_pool_does_not_wait_for_imports(busy_template) -> None:
+    """The thread that reads the answer of a child that will never begin is let go."""
+    pool = ChildPool("tests.unit.test_child:create", launch=busy_template.launch)
+    starting = asyncio.create_task(pool.start())
+    while not pool._slots or pool._slots[0].child is None:
+        await asyncio.sleep(0)
+    await asyncio.wait_for(pool.close(), 5)
+    with pytest.raises(ChildDied):
+        await starting
+
+
+async def test_a_pool_gives_up_a_child_that_does_not_begin(busy_template) -> None:
+    """The time a child may take to start counts the template's imports."""
+    pool = ChildPool("tests.unit.test_child:create", launch=busy_template.launch, start_timeout=0.1)
+    with pytest.raises(StartFailed):
+        await asyncio.wait_for(pool.start(), 5)
+    await asyncio.wait_for(pool.close(), 5)
+
+
+async def test_an_engine_that_is_not_forked_yet_ends_at_once(busy_template) -> None:
+    """Whoever watches its socket hears of its end, and closing waits for no imports."""
+    engine = EngineProcess(
+        EngineConfig("m", None, "cpu", "auto", False, 1, 64, 1), busy_template.launch
+    )
+    ended = asyncio.Event()
+    engine.watch(lambda _: ended.set())
+    engine.kill()
+    await asyncio.wait_for(ended.wait(), 5)
+    await asyncio.wait_for(engine.end(), 1)
 
 
 def test_with_a_killed_template_its_children_end_and_the_next_gets_another(template) -> None:
