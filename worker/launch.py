@@ -22,16 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from worker.engine.channel import Disconnected, encode, send_frame
+from worker.launch_entry import command
 
 log = logging.getLogger("unbroken.launch")
 
-# SIGINT goes to the whole terminal group, but stopping is the parent's business; `sys.path` is
-# handed over, because the parent may have been started from anywhere.
-_BOOT = (
-    "import signal, sys, json; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "sys.path[:] = json.loads(sys.argv[1]); "
-    "from worker.launch_entry import {main}; {main}(int(sys.argv[2]), *sys.argv[3:])"
-)
 PRELOAD = "worker.engine.preload:preload"
 PACKET = 4096
 """Longest packet between a template and its parent, bytes."""
@@ -231,8 +225,8 @@ def _torch_is_for_cpus() -> bool:
 
 def _interpreter(main: str, theirs: socket.socket, *words: str) -> subprocess.Popen[bytes]:
     fd = theirs.fileno()
-    boot = [sys.executable, "-c", _BOOT.format(main=main), json.dumps(sys.path), str(fd), *words]
-    return subprocess.Popen(boot, stdin=subprocess.DEVNULL, pass_fds=(fd,))  # noqa: S603 - our own
+    argv = command(main, fd, *words)
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=(fd,))  # noqa: S603 - our own
 
 
 def _tell(sock: socket.socket, target: str, args: tuple[Any, ...]) -> None:

@@ -20,9 +20,21 @@ from worker.engine.channel import Channel, Disconnected
 
 log = logging.getLogger("unbroken.template")
 
+# SIGINT goes to the whole terminal group, but stopping is the parent's business; `sys.path` is
+# handed over, because the parent may have been started from anywhere.
+_BOOT = (
+    "import signal, sys, json; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "sys.path[:] = json.loads(sys.argv[1]); "
+    "from worker.launch_entry import {main}; {main}(int(sys.argv[2]), *sys.argv[3:])"
+)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PACKET = 4096
+
+
+def command(main: str, fd: int, *words: str) -> list[str]:
+    """Return the command line of an interpreter that calls `main(fd, *words)` of this module."""
+    return [sys.executable, "-c", _BOOT.format(main=main), json.dumps(sys.path), str(fd), *words]
 
 
 def main(fd: int) -> None:
@@ -44,24 +56,29 @@ def set_name(name: str) -> None:
 def template(fd: int, preload: str, log_level: str) -> None:
     """Import what children need, then fork one for each that is asked for, until the parent ends.
 
+    Once an import has failed, children are forked all the same, but each starts an interpreter of
+    its own: what is left of a half-imported library fails for ever, and in other words.
+
     Packets are JSON lists: `["fork", number]` with the child's socket, `["signal", number, signal]`
     come in; `["pid", number, pid]` and `["end", number, exit code]` go out.
     """
     _control_process(_PR_SET_PDEATHSIG, signal.SIGKILL)
     set_name("template")
     logs.configure(log_level)
+    be_child = main
     try:
         _named(preload)()
     except Exception:
         log.exception("imports failed")  # each child will say why in its own words
-    _Template(socket.socket(fileno=fd)).serve()
+        be_child = _execute
+    _Template(socket.socket(fileno=fd), be_child).serve()
 
 
 class _Template:
     """Forks, signals and reaps; one thread does it all, in order."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, control: socket.socket, be_child: Callable[[int], None]) -> None:
+        self._control, self._main = control, be_child
         self._numbers: dict[int, int] = {}  # of living children, by pid
         self._ended, wake = os.pipe()
         os.set_blocking(wake, False)
@@ -109,7 +126,7 @@ class _Template:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
-            main(fd)
+            self._main(fd)
             code = 0
         except BaseException:  # noqa: BLE001 - this is the child's outermost frame
             traceback.print_exc()
@@ -142,6 +159,13 @@ def _named(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
+
+
+def _execute(fd: int) -> NoReturn:
+    """Become a fresh interpreter that is a child."""
+    os.set_inheritable(fd, True)
+    argv = command("main", fd)
+    os.execv(argv[0], argv)  # noqa: S606 - our own
 
 
 def _control_process(option: int, value: Any) -> None:

@@ -36,7 +36,8 @@ def import_for_ever():
 
 
 def fail_to_import():
-    """Stand for a library that is broken."""
+    """Stand for a library that fails to load, just now, and leaves half of itself behind."""
+    sys.modules["colorsys"] = None
     raise RuntimeError
 
 
@@ -49,6 +50,15 @@ def report(sock, *args):
         raise KeyError
 
 
+def report_import(sock):
+    """Tell, having imported what could not be imported before, whose child this is, and wait."""
+    import colorsys
+
+    channel = Channel(sock)
+    channel.send((colorsys.__name__, os.getppid()))
+    channel.receive()
+
+
 def report_template(sock):
     """Tell how many threads the template has, and what it has done to torch."""
     import torch
@@ -56,6 +66,11 @@ def report_template(sock):
     threads = psutil.Process(os.getppid()).num_threads()
     loaded = [name in sys.modules for name in ("torchvision", "transformers.generation.utils")]
     Channel(sock).send((threads, loaded, torch.cuda.is_initialized()))
+
+
+def told(process):
+    """Wait until the template has told the id of a child, which may speak before."""
+    return wait_until(lambda: process.pid, "the template tells its id")
 
 
 @pytest.fixture
@@ -80,6 +95,7 @@ def test_a_child_gets_its_arguments_and_leaves_a_code(template, how, word, code,
         assert args == ("a", {"b": 1})
         assert (parent == os.getpid()) == (how == "executed")
         assert process.poll() is None
+        told(process)
         if isinstance(word, str):
             channel.send(word)
         else:
@@ -146,6 +162,7 @@ def test_with_a_killed_template_its_children_end_and_the_next_gets_another(templ
     """The children's owner sees them killed, and may start them anew."""
     first, process = template.launch(f"{HERE}:report", ())
     _, parent = Channel(first).receive()
+    told(process)
     os.kill(parent, signal.SIGKILL)
     assert process.wait(20) == -signal.SIGKILL
     wait_until(lambda: not alive(process.pid), "the child ends")
@@ -156,21 +173,34 @@ def test_with_a_killed_template_its_children_end_and_the_next_gets_another(templ
     assert another.poll() is None or another.returncode == 1  # its socket's end is its own
 
 
-def test_what_cannot_be_imported_is_left_to_the_children(capfd) -> None:
-    """A child may not need it; if it does, it says so itself."""
+def test_a_failed_import_fails_no_child_that_can_do_it(capfd) -> None:
+    """It may have failed for a moment, so children are spared what is left of it."""
     template = launch.Template("WARNING", f"{HERE}:fail_to_import")
-    sock, _ = template.launch(f"{HERE}:report", (1,))
+    for _ in range(2):
+        sock, process = template.launch(f"{HERE}:report_import", ())
+        with sock:
+            name, parent = Channel(sock).receive()
+            assert (name, parent != os.getpid()) == ("colorsys", True)
+            told(process)
+            process.terminate()
+            assert process.wait(20) == -signal.SIGTERM
+    assert capfd.readouterr().err.count("imports failed") == 1
+    sock, process = template.launch(f"{HERE}:report_import", ())
     with sock:
-        assert Channel(sock).receive()[0] == (1,)
-    template.close()
-    assert "imports failed" in capfd.readouterr().err
+        Channel(sock).receive()
+        told(process)
+        template.close()
+        wait_until(lambda: not alive(process.pid), "the child ends")
 
 
 PARENT = f"""
+import time
 from worker.engine.channel import Channel
 from worker.launch import Template
 sock, process = Template("WARNING", "{HERE}:import_nothing").launch("{HERE}:report", ())
 template = Channel(sock).receive()[1]
+while process.pid is None:
+    time.sleep(0.01)
 print(process.pid, template, flush=True)
 Channel(sock).receive()
 """
@@ -218,5 +248,6 @@ def test_arguments_do_not_stand_on_the_command_line(template) -> None:
         sock, process = start(f"{HERE}:report", ("hf_secret",))
         with sock:
             assert Channel(sock).receive()[0] == ("hf_secret",)
+            told(process)
             assert "hf_secret" not in " ".join(psutil.Process(process.pid).cmdline())
         process.wait(20)
