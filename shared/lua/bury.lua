@@ -5,6 +5,8 @@
 --       5 live ttl s
 -- Returns how many leases ran out.
 if redis.call('PUBSUB', 'NUMSUB', ARGV[2])[2] > 0 then return 0 end
+-- Uses no memory: a full Redis lets a script that has begun to write go on.
+redis.call('EXPIRE', KEYS[1], ARGV[5])
 local time = redis.call('TIME')
 local now = string.format('%.3f', time[1] * 1000 + time[2] / 1000)
 local mine, count, models = ARGV[1] .. ':', 0, {}

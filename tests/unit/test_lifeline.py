@@ -110,6 +110,22 @@ async def test_the_sessions_of_a_killed_worker_are_free_long_before_its_leases_r
     assert looker.watch._missed == {}
 
 
+async def test_a_dead_worker_is_buried_in_a_full_redis_too(redis_url, looker, start):
+    """Takeover needs no memory, which may be used up just then; nobody keeps looking in vain."""
+    await looker.submit("a")
+    process = start(redis_url, sessions=1)
+    await looker.sees("other")
+    await looker.store.redis.config_set("maxmemory", "1")
+    try:
+        process.kill()
+        await looker.held("other", 0)
+        await looker.look()
+        assert looker.watch._missed == {}
+    finally:
+        await looker.store.redis.config_set("maxmemory", "0")
+    assert await looker.claim() == ["a"]
+
+
 async def test_a_frozen_worker_is_not_taken_for_dead(redis_url, looker, start):
     """SIGSTOP leaves its connection open: its sessions stay its own until their leases run out."""
     await looker.submit("a")
