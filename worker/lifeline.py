@@ -28,7 +28,10 @@ PING_SECONDS = 5.0
 """A lifeline that has been silent for so long is tried; one that stays so is made anew."""
 
 AGAIN_SECONDS = 0.05
-"""Pause before a lifeline that broke is made anew."""
+"""Pause before a lifeline that broke is made anew; twice as long after each try in vain."""
+
+MAX_PAUSE_SECONDS = 2.0
+"""Longest such pause: a Redis that refuses subscribers is not asked more often."""
 
 LOOK_SECONDS = 0.25
 
@@ -51,6 +54,7 @@ class Lifeline:
         self._pool, self._channel = redis.connection_pool, keys.lifeline(worker_id)
         self.breaks = 0
         """How often it has ended; counted before it is made anew."""
+        self._pause = AGAIN_SECONDS
 
     async def run(self) -> None:
         """Hold it until cancelled, and make it anew whenever it breaks."""
@@ -64,13 +68,14 @@ class Lifeline:
             finally:
                 self.breaks += 1
                 await connection.disconnect(nowait=True)
-            await asyncio.sleep(AGAIN_SECONDS)
+            pause, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE_SECONDS)
+            await asyncio.sleep(pause)
 
     async def _hold(self, connection: Any, outage: Outage) -> None:
         """Subscribe, and wait for the end; nothing is ever published there.
 
         Raises:
-            RedisError: Redis is away, or is silent.
+            RedisError: Redis is away, is silent, or refuses.
         """
         await connection.connect()
         await connection.send_command("SUBSCRIBE", self._channel, check_health=False)
@@ -78,7 +83,7 @@ class Lifeline:
         while True:
             if await connection.read_response(timeout=PING_SECONDS) is not None:
                 outage.over()
-                waiting = False
+                self._pause, waiting = AGAIN_SECONDS, False
             elif waiting:
                 raise RedisConnectionError("Redis is silent.")
             else:

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,7 +16,7 @@ from shared.store import Store, connect
 from shared.tasks import stop
 from tests.own_redis import OwnRedis
 from tests.stack import ROOT
-from worker.lifeline import MISSES, WATCHED, Lifeline, Watch, neighbours
+from worker.lifeline import AGAIN_SECONDS, MISSES, WATCHED, Lifeline, Watch, neighbours
 
 
 class Looker:
@@ -150,6 +151,29 @@ async def test_a_lifeline_that_only_breaks_costs_nothing(redis_url, looker, star
     assert looker.watch._missed == {"other": 0}
     assert await looker.fleet.bury("other") == 0  # the script sees for itself that it lives
     assert await looker.claim() == []
+
+
+async def test_a_redis_that_refuses_is_asked_less_and_less(redis_url, looker):
+    """Tries in vain lie further and further apart; one that succeeds counts as the first again."""
+    redis = looker.store.redis
+    await redis.acl_setuser("mute", enabled=True, passwords=["+x"], keys=["*"], commands=["+@all"])
+    await redis.execute_command("ACL", "SETUSER", "mute", "resetchannels")
+    host, database = redis_url.rpartition("@")[2].removeprefix("redis://").split("/")
+    mute = Store(connect(f"redis://mute:x@{host}/{database}"))
+    lifeline = Lifeline(mute.redis, "mute")
+    running, began = asyncio.create_task(lifeline.run()), time.monotonic()
+    try:
+        while lifeline.breaks < 5:
+            await asyncio.sleep(0.005)
+        assert time.monotonic() - began >= AGAIN_SECONDS * (1 + 2 + 4 + 8)
+        await redis.execute_command("ACL", "SETUSER", "mute", "allchannels")
+        await looker.held("mute")
+        await looker.cut("mute")
+        assert lifeline._pause <= 2 * AGAIN_SECONDS
+    finally:
+        await stop(running)
+        await mute.redis.aclose()
+        await redis.acl_deluser("mute")
 
 
 async def test_who_lost_its_own_lifeline_judges_nobody(redis_url, looker, start):
