@@ -129,7 +129,8 @@ class Watch:
     async def _bury(self, worker_id: str) -> None:
         freed = await self._fleet.bury(worker_id)
         del self._missed[worker_id]
-        log.warning("a worker is gone", extra={"worker": worker_id, "freed": freed})
+        level = logging.WARNING if freed else logging.INFO  # one that stopped leaves nothing
+        log.log(level, "a worker is gone", extra={"worker": worker_id, "freed": freed})
 
 
 def neighbours(worker_ids: Iterable[str], own: str) -> list[str]:

@@ -176,6 +176,22 @@ async def test_a_redis_that_refuses_is_asked_less_and_less(redis_url, looker):
         await redis.acl_deluser("mute")
 
 
+async def test_only_a_worker_that_left_sessions_behind_is_warned_of(
+    redis_url, looker, start, caplog
+):
+    """Who stopped as it should has given all back; that it is gone is no news for an operator."""
+    caplog.set_level("INFO", "unbroken.lifeline")
+    await looker.submit("a")
+    for name, sessions in (("idle", 0), ("busy", 1)):
+        process = start(redis_url, name, sessions)
+        await looker.sees(name)
+        process.kill()
+        await looker.held(name, 0)
+        await looker.look()
+    found = [(r.worker, r.levelname) for r in caplog.records if r.message == "a worker is gone"]
+    assert found == [("idle", "INFO"), ("busy", "WARNING")]
+
+
 async def test_who_lost_its_own_lifeline_judges_nobody(redis_url, looker, start):
     """Others may have lost theirs for the same reason, and be on their way back."""
     await looker.submit("a")
