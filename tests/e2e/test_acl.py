@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
 import redis
 
 import run
+from shared import keys
+from shared.fleet import Fleet
+from shared.store import Store, connect
 from tests.gateway_process import GatewayProcess
 from tests.stack import ROOT, clean_environment, wait_until
 
@@ -66,11 +70,11 @@ def denied(admin):
 
 def test_the_stack_works_with_the_documented_users(acl_redis, worker, tmp_path):
     """Chats, resumes, cancels, limits, metrics and the archive need no more than the users have."""
-    keys = tmp_path / "keys"
-    keys.write_text('{"key": "k", "requests_per_minute": 90, "concurrent_sessions": 2}\n')
+    keyfile = tmp_path / "keys"
+    keyfile.write_text('{"key": "k", "requests_per_minute": 90, "concurrent_sessions": 2}\n')
     env = {
         "PERSIST_SESSIONS": "1",
-        "API_KEYS_FILE": str(keys),
+        "API_KEYS_FILE": str(keyfile),
         "SESSIONS_DB_PATH": str(tmp_path / "s.db"),
     }
     gateway = GatewayProcess(acl_redis["gateway"], tmp_path, env)
@@ -109,6 +113,21 @@ def test_the_stack_works_with_the_documented_users(acl_redis, worker, tmp_path):
             assert len(denied(admin)) >= 8
     finally:
         gateway.stop()
+
+
+async def test_a_worker_may_bury_another_with_the_documented_users(acl_redis):
+    """A dead worker's leases are ended, and its sessions' bell is rung, by another worker."""
+    store = Store(connect(acl_redis["worker"]))
+    try:
+        await store.redis.hset(keys.session("s"), mapping={"lease": "dead:1", "model": "m"})
+        await store.redis.zadd(keys.LEASES, {"s": time.time() * 1000 + 60_000})
+        assert await Fleet(store).lifelines(["dead"]) == ([], set())
+        assert await Fleet(store).bury("dead") == 1
+        assert await store.redis.llen(keys.work_bell("m")) == 1
+    finally:
+        await store.close()
+    with redis.Redis.from_url(acl_redis["admin"], decode_responses=True) as admin:
+        assert denied(admin) == []
 
 
 def refused(urls):
