@@ -12,7 +12,8 @@ from shared.queue import LEASE_MS
 
 BEAT_SECONDS = 0.2
 PAUSE_SECONDS = LEASE_MS / 1000
-"""A pause as long as a lease: others may have taken our sessions meanwhile."""
+"""A pause as long as a lease: others may have taken our sessions meanwhile. In a shorter one they
+have only if our lifeline broke too: then `restore.lua` refuses our older copy."""
 
 TRUST_SECONDS = 600.0
 """Longest outage of Redis after which our copies of sessions are believed; notes of deleted
@@ -46,7 +47,7 @@ class Pulse:
 
     @property
     def steady(self) -> bool:
-        """Whether nobody can have taken our sessions while Redis could be reached by us."""
+        """Whether our leases cannot have run out while Redis could be reached by us."""
         self._look()
         return not self._paused and time.monotonic() - self._confirmed < self._trust
 
