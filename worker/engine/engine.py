@@ -139,14 +139,18 @@ class Engine:
         if decode:
             self._batch = len(rows)
         rows, logits = self.holding.sift(rows, logits, turn=decode)
+        # No token comes soon with which those would end that were cancelled before they were held.
+        ended = [s for s in self.holding.parked if s.handle in self.cancelled]
+        for sequence in ended:
+            self._finish(sequence, ())
         if rows:
             tokens = self.drawer.draw(logits, rows)
             views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
             drawn = zip(rows, tokens, views, strict=True)
-            ended = [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
-            # From the last row down: a row that ends too is not moved first.
-            for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
-                self._remove(sequence)
+            ended += [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
+        # From the last row down: a row that ends too is not moved first.
+        for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
+            self._remove(sequence)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 
@@ -171,22 +175,17 @@ class Engine:
             return
         try:
             self.drawer.sampler.check(sequence.sampling)
-            done = self._prepare(sequence)
+            if not self._prepare(sequence):
+                self.scheduler.add(sequence)
+                self.holding.watch(sequence)
+                return
+            self._finish(sequence, ())  # its worker died between the last token and the end
         except UnbrokenError as error:
             self._fail(sequence, error.code, error.message)
-            done = True
         except Exception:
             log.exception("a sequence could not be set up")
             self._fail(sequence, FAILED, PREFILL_FAILED)
-            done = True
-        else:
-            if done:  # its worker died between the last token and the end
-                self._finish(sequence, ())
-        if done:
-            self.holding.forget(sequence)
-        else:
-            self.scheduler.add(sequence)
-            self.holding.watch(sequence)
+        self.holding.forget(sequence)
 
     def _prepare(self, sequence: Sequence) -> bool:
         """Give a sequence its criteria and detokenizer; return whether it has ended already."""

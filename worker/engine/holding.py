@@ -7,7 +7,6 @@ there already, wait with it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +52,11 @@ class Holding:
             if not constraint.compiling:
                 found.append(self._compiling.pop(sequence.handle))
         return found
+
+    @property
+    def parked(self) -> list[Sequence]:
+        """The sequences that have their next logits already, and wait."""
+        return [sequence for sequence, _ in self._parked.values()]
 
     def has(self, sequence: Sequence) -> bool:
         """Whether a sequence has its next logits already, and is not to be decoded."""
@@ -114,9 +118,8 @@ class Holding:
     def _idle(self) -> None:
         """Wait until something has come that somebody waits for."""
         awaited: list[Future[Any]] = []
-        parked: Rows[Sequence] = [sequence for sequence, _ in self._parked.values()]
-        awaited += self._masks.late(parked, 0)
-        for sequence in parked:
+        awaited += self._masks.late(self.parked, 0)
+        for sequence in self.parked:
             if sequence.constraint and (compilation := sequence.constraint.compiling):
                 awaited.append(compilation.future)
         if awaited:
