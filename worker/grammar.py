@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from shared.errors import UnbrokenError
 from worker.engine.messages import AnswerForm
 from worker.tools import PARSERS
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 AFTER_THOUGHT = r"/\n{0,2}/"
 """What stands between `</think>` and the answer; it is not shown."""
@@ -46,6 +50,20 @@ def build(form: AnswerForm, quote: Callable[[str], str] = quoted, *, thinking: b
     return "\n".join([f"start: {blank} answer", f"answer: {' | '.join(options)}", *rules])
 
 
+def openings(form: AnswerForm) -> list[str]:
+    """Return what answers may begin with, up to where each object of the form has been opened.
+
+    Of a `lazy` form it is what follows the tag. Only those that the form allows count.
+    """
+    texts = ["{"] if form.schema else []
+    if form.tools:
+        parser = PARSERS[form.tools]
+        skipped = len(parser.opening) if form.lazy else 0
+        names = form.strict if form.lazy else [name for name, _ in form.functions]
+        texts += [parser.opened(name)[skipped:] + "{" for name in names]
+    return texts
+
+
 def create() -> Callable[[AnswerForm], None]:
     """Return what checks a form's grammar, in a child process.
 
@@ -58,18 +76,28 @@ def create() -> Callable[[AnswerForm], None]:
 
     def check(form: AnswerForm) -> None:
         param = "response_format" if form.schema else "tools"
-        matcher = LLMatcher(tokenizer, build(form), log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        if matcher.is_error():
-            raise UnbrokenError(
-                "invalid_value", f"'{param}' cannot be followed: {_reason(matcher)}", param
-            )
+        start = LLMatcher(tokenizer, build(form), log_level=0, limits=limits)
+        for opening in ("", *openings(form)):
+            matcher = _behind(start, tokenizer.tokenize_str(opening))
+            if matcher.is_error():
+                raise UnbrokenError(
+                    "invalid_value", f"'{param}' cannot be followed: {_reason(matcher)}", param
+                )
 
     return check
 
 
-def _reason(matcher: object) -> str:
+def _behind(start: LLMatcher, tokens: list[int]) -> LLMatcher:
+    """Return a matcher that has computed what comes behind these tokens, if they may come."""
+    matcher = start.deep_copy()
+    if not matcher.is_error() and matcher.validate_tokens(tokens) == len(tokens):
+        matcher.consume_tokens(tokens)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+    return matcher
+
+
+def _reason(matcher: LLMatcher) -> str:
     """Return the compiler's message without where in the grammar that is."""
-    message = str(matcher.get_error()).splitlines()[0]  # type: ignore[attr-defined]
+    message = str(matcher.get_error()).splitlines()[0]
     return message.rpartition("failed to compile JSON schema: ")[2][:300]

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import torch
 
-from gateway.json_schema import MAX_OPTIONAL
+from gateway.json_schema import MAX_OPTIONAL, check_schema
 from shared.errors import UnbrokenError
 from tests.engine_kit import Driver, Engine, config
 from tests.grammar_kit import ONE, calls, content, form, prompt, run, sampling
@@ -278,5 +278,32 @@ async def test_bad_schemas_are_refused_in_bounded_time():
             assert caught.value.param == "tools"
         await checker.check(AnswerForm(**wrong))  # nothing to follow
         await checker.check(calls())  # the child that was killed has a successor
+    finally:
+        await checker.close()
+
+
+@pytest.mark.parametrize("kind", ["format", "required", "strict"])
+async def test_what_the_matcher_gives_up_on_behind_its_opening_is_refused(kind):
+    """Too much to come next is found on trial, also where the schema is behind a call's name."""
+    checker = FormChecker(1, seconds=15)
+    await checker.start()
+    try:
+        for parts, borne in ((1, True), (6, False)):
+            wide = [
+                {"type": "object", "properties": {f"p{part}_{n}": {} for n in range(300)}}
+                for part in range(parts)
+            ]
+            schema = {"anyOf": wide}
+            checked = check_schema(schema, "tools")
+            functions = tuple((name, checked) for name in ("now", "see-it.v1"))
+            bound = {"required": {"required": True}, "strict": {"strict": ("see-it.v1",)}}
+            tools = {"tools": "qwen", "functions": functions}
+            asked = form(schema) if kind == "format" else AnswerForm(**tools, **bound[kind])
+            if borne:
+                await checker.check(asked)
+                continue
+            with pytest.raises(UnbrokenError, match=r"cannot be followed: .*items") as caught:
+                await checker.check(asked)
+            assert caught.value.param == ("response_format" if kind == "format" else "tools")
     finally:
         await checker.close()

@@ -62,6 +62,11 @@ class ToolParser(ABC):
         one of the `strict`: such a call may be anything.
         """
 
+    @staticmethod
+    @abstractmethod
+    def opened(name: str) -> str:
+        """Return a call of a function from its opening tag to where its arguments begin."""
+
     @abstractmethod
     def read(self, text: str, *, final: bool) -> Iterator[Found]:
         """Yield what is known of the text, which begins where the last `Found` ended.

@@ -57,10 +57,15 @@ class QwenToolParser(ToolParser):
             "call: " + " | ".join(f"call_{n}" for n in range(len(functions))),
         ]
         for n, (name, schema) in enumerate(functions):
-            head = quote(f'\n{{"name": {json.dumps(name)}, "arguments": ')
+            head = quote(_head(name))
             tail = quote("}\n")
             rules.append(f"call_{n}: {quote(OPEN)} {head} %json {schema} {tail} {quote(CLOSE)}")
         return "\n".join(rules)
+
+    @staticmethod
+    def opened(name: str) -> str:
+        """Return what a call of a function begins with: see `ToolParser.opened`."""
+        return OPEN + _head(name)
 
     @staticmethod
     def call_grammar(
@@ -162,6 +167,10 @@ class QwenToolParser(ToolParser):
             return None
         self._state = "text"
         return Found("text", 0)
+
+
+def _head(name: str) -> str:
+    return f'\n{{"name": {json.dumps(name)}, "arguments": '
 
 
 def _size(match: re.Match[str] | None) -> int:
