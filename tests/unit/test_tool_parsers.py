@@ -101,6 +101,11 @@ def test_what_is_found_does_not_depend_on_the_pieces(name, text, data):
             [("x", '{"\\u00fc": "\\ud83d"}')],
         ),
         (
+            '<tool_call>{"name": "a", "na\\u006de": "b", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "a", "na\\u006de": "b", "arguments": {}}</tool_call>',
+            [],
+        ),
+        (
             '<tool_call>{"name": "\\ud83d"}</tool_call>',
             '<tool_call>{"name": "\\ud83d"}</tool_call>',
             [],

@@ -188,7 +188,7 @@ def _string(text: str) -> str | None:
 def _object(text: str) -> tuple[str, str] | None:
     """Return name and arguments of a call that is written in some other order."""
     try:
-        call: Any = json.loads(text)
+        call: Any = json.loads(text, object_pairs_hook=_named_once)
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
             return None
         arguments = call.get("arguments", call.get("parameters", {}))
@@ -199,6 +199,13 @@ def _object(text: str) -> tuple[str, str] | None:
         return call["name"], shown if _sendable(shown) else json.dumps(arguments)
     except (ValueError, RecursionError):
         return None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of these pairs; of two names the first one chose the grammar."""
+    if sum(key == "name" for key, _ in pairs) > 1:
+        raise ValueError("two names")
+    return dict(pairs)
 
 
 def _sendable(text: str) -> bool:
