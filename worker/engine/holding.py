@@ -85,7 +85,8 @@ class Holding:
         """
         waited = {h: one for h, one in self._parked.items() if not one[0].replays}  # else put back
         asked = [sequence for sequence, _ in waited.values()] if turn else []
-        late = self._late([*rows, *asked]) | (set() if turn else set(waited))
+        late = self._late(rows, MASK_SECONDS) | self._late(asked, 0.0)
+        late |= set() if turn else set(waited)
         self._parked = {handle: one for handle, one in waited.items() if handle in late}
         taken = [one for handle, one in waited.items() if handle not in late]
         parts, chosen = [], []
@@ -104,14 +105,14 @@ class Holding:
             return [], torch.empty(0)
         return chosen, torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _late(self, rows: Iterable[Sequence]) -> set[int]:
-        """Return the handles of those rows that have to wait, after a short wait for masks."""
+    def _late(self, rows: Iterable[Sequence], seconds: float) -> set[int]:
+        """Return the handles of those rows that have to wait, after so long a wait for masks."""
         limited = [row for row in rows if row.constraint and not row.replays]
         if not limited:
             return set()
         late = {row.handle for row in limited if row.constraint and row.constraint.held}
         due = [row for row in limited if row.handle not in late]
-        if self._masks.late(due, MASK_SECONDS):
+        if self._masks.late(due, seconds):
             late |= {row.handle for row in due if not self._masks.ready(row)}
         return late
 

@@ -5,12 +5,14 @@ The grammars' masks are computed in threads of their own while the model compute
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +22,37 @@ if TYPE_CHECKING:
     from worker.engine.constraint import Constraint
     from worker.engine.sequence import Sequence
 
+log = logging.getLogger("unbroken.engine.masks")
+
 Bits = npt.NDArray[np.int32]
 
 WORD = 32
-MOST_THREADS = 8
+LEAST_THREADS, MOST_THREADS = 4, 8
+
+SLOW_SECONDS, SLOW_THREADS = 0.05, 2
+"""A row whose last mask took longer is not waited for, and has its masks computed by other threads;
+the next one may be quick again."""
+
+
+class _Computed(NamedTuple):
+    bits: Bits | None  # None: the matcher has given up
+    seconds: float
 
 
 @dataclass(frozen=True)
 class _Mask:
-    """One row of a batch of masks, for the token that comes behind `count` others."""
+    """That of the token that comes behind `count` others."""
 
     count: int
-    batch: Future[Bits]
-    row: int
+    slow: bool  # as the one before was
+    future: Future[_Computed]
 
-    def good_for(self, sequence: Sequence) -> bool:
-        """Whether it is, or will be, that of a sequence's next token."""
-        failed = self.batch.done() and self.batch.exception() is not None
-        return self.count == len(sequence.output_ids) and not failed
+    @property
+    def took_long(self) -> bool:
+        """Whether it was slow to come."""
+        future = self.future
+        failed = not future.done() or future.cancelled() or future.exception() is not None
+        return self.slow if failed else future.result().seconds > SLOW_SECONDS
 
 
 class Masks:
@@ -51,40 +66,43 @@ class Masks:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._words = -(-vocab_size // WORD)
-        self._threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
-        self._jobs = ThreadPoolExecutor(2, thread_name_prefix="masks")
-        self._executor: Any = None
+        threads = max(LEAST_THREADS, min(MOST_THREADS, (os.cpu_count() or 1) // 2))
+        self._quick = ThreadPoolExecutor(threads, thread_name_prefix="masks")
+        self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow-masks")
         self._shifts = torch.arange(WORD, dtype=torch.int32, device=device)
         self._masks: dict[int, _Mask] = {}  # by handle
 
     def begin(self, rows: Iterable[Sequence]) -> None:
         """Begin to compute what these sequences may say next, where it is not known yet."""
-        new = []
         for row in rows:
-            if row.constraint is not None and row.constraint.has_mask:
-                known = self._masks.get(row.handle)
-                if known is None or not known.good_for(row):
-                    new.append(row)
-        if not new:
-            return
-        constraints = [row.constraint for row in new if row.constraint is not None]
-        batch = self._jobs.submit(self._compute, constraints)
-        for place, row in enumerate(new):
-            self._masks[row.handle] = _Mask(len(row.output_ids), batch, place)
+            if row.constraint is None or not row.constraint.has_mask:
+                continue
+            known = self._masks.get(row.handle)
+            if known is None or known.count != len(row.output_ids):
+                slow = known is not None and known.took_long
+                # The matcher is taken along: a constraint may be closed at any time.
+                job = (self._slow if slow else self._quick).submit
+                future = job(self._compute, row.constraint.matcher)
+                self._masks[row.handle] = _Mask(len(row.output_ids), slow, future)
 
-    def late(self, rows: Iterable[Sequence], seconds: float) -> list[Future[Bits]]:
-        """Wait for the masks of these sequences; return what is still under way after that time."""
+    def late(self, rows: Iterable[Sequence], seconds: float) -> list[Future[_Computed]]:
+        """Wait for the masks of these sequences, but for slow ones; return what is under way."""
         self.begin(rows)
-        batches = {self._masks[row.handle].batch for row in rows if _masked(row)}
-        return list(wait(batches, timeout=seconds).not_done) if batches else []
+        masks = [self._masks[row.handle] for row in rows if _masked(row)]
+        awaited = [m.future for m in masks if not m.slow and not m.future.done()]
+        if awaited and seconds:
+            wait(awaited, timeout=seconds)
+        return [m.future for m in masks if not m.future.done()]
 
     def ready(self, row: Sequence) -> bool:
         """Whether a sequence needs no mask, or `begin` has come to an end for it."""
-        return not _masked(row) or self._masks[row.handle].batch.done()
+        return not _masked(row) or self._masks[row.handle].future.done()
 
     def forget(self, row: Sequence) -> None:
         """Drop what is known of a sequence that has left."""
-        self._masks.pop(row.handle, None)
+        mask = self._masks.pop(row.handle, None)
+        if mask is not None:
+            mask.future.cancel()
 
     def apply(self, logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
         """Return the logits, [B, V], with -inf for what is not allowed; themselves, if all is.
@@ -96,7 +114,7 @@ class Masks:
             return logits
         self.begin(rows)
         logits = logits.clone()
-        masked = [(i, self._bits(row)) for i, row, constraint in limited if constraint.has_mask]
+        masked = [(i, self._bits(row, c)) for i, row, c in limited if c.has_mask]
         if masked:
             at = torch.tensor([i for i, _ in masked], device=self._device)
             words = torch.from_numpy(np.stack([mask for _, mask in masked])).to(self._device)
@@ -112,23 +130,26 @@ class Masks:
                 logits[i, [token for token in barred if token < self._vocab_size]] = -torch.inf
         return logits
 
-    def _bits(self, row: Sequence) -> Bits:
-        mask = self._masks[row.handle]
-        bits: Bits = mask.batch.result()[mask.row]
+    def _bits(self, row: Sequence, constraint: Constraint) -> Bits:
+        try:
+            bits = self._masks[row.handle].future.result().bits
+        except Exception:
+            log.exception("a mask could not be computed")
+            bits = None
+        if bits is None:
+            constraint.failed = True
+            return np.zeros(self._words, dtype=np.int32)
         return bits
 
-    def _compute(self, constraints: list[Constraint]) -> Bits:
-        from llguidance import LLExecutor
-        from llguidance.numpy import fill_next_token_bitmask_par
+    def _compute(self, matcher: Any) -> _Computed:
+        from llguidance.numpy import fill_next_token_bitmask
 
-        if self._executor is None:
-            self._executor = LLExecutor(num_threads=self._threads)
-        bits = np.zeros((len(constraints), self._words), dtype=np.int32)
-        work = [(c.matcher, row) for row, c in enumerate(constraints) if not c.failed]
-        fill_next_token_bitmask_par(self._executor, work, bits)
-        for matcher, row in work:
-            constraints[row].failed = matcher.is_error()
-        return bits
+        began = time.monotonic()
+        bits = np.zeros((1, self._words), dtype=np.int32)
+        if not matcher.is_error():
+            fill_next_token_bitmask(matcher, bits, 0)
+        failed = matcher.is_error()
+        return _Computed(None if failed else bits[0], time.monotonic() - began)
 
 
 def _masked(row: Sequence) -> bool:
