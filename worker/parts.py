@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.queue import SessionQueue
@@ -68,8 +68,9 @@ class Turn:
     async def take(self, interrupted: asyncio.Future[None]) -> None:
         """Wait for the turn, unless the session is interrupted before; `leave` comes after it."""
         waiting = asyncio.ensure_future(self._trials.acquire())
+        either: set[asyncio.Future[Any]] = {waiting, interrupted}
         try:
-            await asyncio.wait({waiting, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if waiting.done():
                 self._held = True
