@@ -66,8 +66,9 @@ class EncoderCache:
         return {**rest, ARGUMENT: dict(outputs)}
 
     def _keep(self, media: str, outputs: dict[str, ModelOutput]) -> None:
-        size = sum(t.nbytes for output in outputs.values() for t in _tensors(output.values()))
-        if size > self.max_bytes:
+        tensors = [t for output in outputs.values() for t in _tensors(output.values())]
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size > self.max_bytes or not all(bool(t.isfinite().all()) for t in tensors):
             return
         while self._bytes + size > self.max_bytes:
             self._bytes -= self._kept.popitem(last=False)[1][1]
