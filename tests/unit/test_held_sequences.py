@@ -12,7 +12,7 @@ from tests.engine_kit import Driver, Engine, config
 from tests.grammar_kit import ONE, content, form, heavy, prompt, run, sampling
 from worker.engine import grammars, holding
 from worker.engine.engine import GRAMMAR_FAILED
-from worker.engine.grammars import THREADS, Compilation
+from worker.engine.grammars import LONG_CHARACTERS, THREADS, Compilation
 from worker.engine.loader import load
 from worker.engine.masks import Masks
 from worker.engine.messages import Abort, Cancel
@@ -57,6 +57,10 @@ def gate(monkeypatch):
 def slow(number=0):
     """A form whose grammar waits for the gate."""
     return form({"type": "object", "properties": {f"slow{number}": ONE}, "required": ["slow0"]})
+
+
+def no_memory(*_):
+    raise MemoryError
 
 
 def tokens_of(engine, handle):
@@ -194,24 +198,44 @@ def test_a_cancel_just_before_a_row_is_held_ends_it(loaded, gate):
     assert driver.last(2).completion_tokens == 30
 
 
-@pytest.mark.parametrize("fault", ["wrong", "late"])
+@pytest.mark.parametrize("fault", ["wrong", "late", "queued", "broken"])
 def test_a_grammar_that_cannot_be_compiled_fails_its_sequence_alone(
     loaded, gate, fault, monkeypatch
 ):
-    """A wrong one, or one that takes too long, is the caller's error; the others go on."""
+    """A wrong one is the caller's error; where time or memory was short, it may come again."""
     engine = Engine(loaded, 8)
     driver = Driver(engine)
     driver.add(1, prompt(None, 1), sampling(max_tokens=40, ignore_eos=True))
     if fault == "wrong":
         driver.add(2, prompt(form({"type": "strange"})), sampling())
+    elif fault == "broken":
+        with monkeypatch.context() as short:
+            short.setattr(Compilation, "_compile", no_memory)
+            driver.add(2, prompt(slow()), sampling())
+            driver.drain()
     else:
-        monkeypatch.setattr(grammars, "MOST_SECONDS", 0.0)
+        busy = THREADS if fault == "queued" else 0
+        for handle in range(3, 3 + busy):
+            driver.add(handle, prompt(slow(handle)), SHORT)
         driver.add(2, prompt(slow()), sampling())
+        monkeypatch.setattr(grammars, "MOST_WAITED" if busy else "MOST_SECONDS", 0.0)
     driver.drain()
-    code, message, param = driver.last(2).error
-    assert (code, param) == ("invalid_value", "response_format")
-    assert param in message
+    code, message, *param = driver.last(2).error
+    wrong = fault == "wrong"
+    assert (code, param) == ("invalid_value" if wrong else "unavailable", param[:wrong])
+    assert "response_format" in message
     assert driver.last(1).completion_tokens == 40
+    if fault == "broken":
+        gate.opened.set()
+        assert run(engine, (prompt(slow()), SHORT)).last(1).error is None
+
+
+def test_long_grammars_leave_short_ones_their_threads(loaded, gate):
+    """With any number of long ones under way, a short one is compiled."""
+    kept = Engine(loaded, 8).tokens.grammars
+    for number in range(THREADS + 1):
+        kept.borrow(f'start: "slow{number}{"x" * LONG_CHARACTERS}"')
+    assert not kept.borrow('start: "short"').future.result(60).is_error()
 
 
 def test_a_successor_waits_for_the_grammar_too(loaded, gate):

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from worker.engine.loader import LoadedModel
     from worker.engine.sequence import Sequence
 
+NO_GRAMMAR = "'{}' cannot be followed by this model."
+LATE_GRAMMAR = "'{}' could not be prepared in time."
+
 log = logging.getLogger("unbroken.engine.constraint")
 
 
@@ -118,7 +121,7 @@ class Constraint:
         forced: the only token that may come now, because the thought has to end; else None.
         matcher: that of the grammar, where the sequence stands; None where nothing is to match.
         failed: whether the grammar's matcher has given up.
-        refused: whether the grammar could not be compiled.
+        refusal: why the grammar could not be compiled: code, message, and field; else None.
     """
 
     def __init__(self, sequence: Sequence, tokens: Tokens) -> None:
@@ -132,7 +135,8 @@ class Constraint:
         self._behind: list[tuple[int, bool]] = []  # tokens before it was compiled: see `_read`
         self._forced_count = 0  # tokens of the thought's end that were forced
         self._answering = not sequence.prompt.thinking
-        self.failed = self.refused = self._done = False
+        self.failed = self._done = False
+        self.refusal: tuple[str, ...] | None = None
         self.forced = self._end_of_thought()
 
     @property
@@ -143,7 +147,7 @@ class Constraint:
     @property
     def compiling(self) -> Compilation | None:
         """The grammar, while this waits for it."""
-        return None if self._compiled or self.refused else self._grammar
+        return None if self._compiled or self.refusal else self._grammar
 
     @property
     def held(self) -> bool:
@@ -180,9 +184,10 @@ class Constraint:
         """Take the grammar over, once its compilation has ended, and read what came meanwhile."""
         if self.compiling is None or not self.compiling.ended:
             return
-        self._compiled = self.compiling.matcher()
+        compilation = self.compiling
+        self._compiled = compilation.matcher()
         if self._compiled is None:
-            self.refused = True
+            self.refusal = self._refuse(compilation)
             return
         if not self._tag:
             self.matcher = self._compiled.deep_copy()
@@ -225,6 +230,13 @@ class Constraint:
                 self.matcher = None  # the call is complete, or one that may be anything
         elif opens:
             self.matcher = self._compiled.deep_copy()
+
+    def _refuse(self, compilation: Compilation) -> tuple[str, ...]:
+        """Tell the caller's fault from a lack of time or memory, which may be over soon."""
+        param = "response_format" if self._sequence.prompt.form.schema else "tools"
+        if compilation.wrong:
+            return "invalid_value", NO_GRAMMAR.format(param), param
+        return "unavailable", LATE_GRAMMAR.format(param)
 
     def _end_of_thought(self) -> int | None:
         thought = self._sequence.detokenizer

@@ -41,7 +41,6 @@ PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
 LOG_FAILED = "The answer so far does not follow its format."
 GRAMMAR_FAILED = "The answer's format has become too complex to be followed."
-NO_GRAMMAR = "'{}' cannot be followed by this model."
 TEXT_FAILED = "The next token could not be turned into text."
 
 
@@ -204,9 +203,8 @@ class Engine:
     def _settle(self) -> None:
         """See what grammars that have come now say of what their sequences have so far."""
         for sequence, constraint in self.holding.compiled():
-            if constraint.refused:
-                param = "response_format" if sequence.prompt.form.schema else "tools"
-                self._fail(sequence, "invalid_value", NO_GRAMMAR.format(param), param)
+            if constraint.refusal:
+                self._fail(sequence, *constraint.refusal)
             elif constraint.failed:
                 self._fail(sequence, FAILED, LOG_FAILED)
             elif constraint.done:

@@ -10,14 +10,20 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-THREADS = 4
-"""How many are compiled at once: a heavy one does not keep light ones waiting."""
+THREADS, LONG_THREADS = 4, 2
+"""How many short and long ones are compiled at once: heavy ones do not keep light ones waiting."""
+
+LONG_CHARACTERS = 16_384
+"""What is longer has those other threads: only such a text can be heavy for tens of seconds."""
 
 NICENESS = 10
 """Of those threads: on a machine without idle cores the engine's step comes first."""
 
 MOST_SECONDS = 30.0
 """What a compilation may take: the trial of the form has had 3 s, with a smaller vocabulary."""
+
+MOST_WAITED = 60.0
+"""Seconds from its request on: what is queued for longer holds a row's place for nothing."""
 
 MOST_KEPT, MOST_CHARACTERS = 64, 250_000
 """Bounds of what is kept beyond its use; a compiled grammar takes some 350 bytes a character."""
@@ -37,6 +43,7 @@ class Compilation:
     def __init__(self, text: str) -> None:
         self.text, self.users = text, 0
         self.future: Future[Any]
+        self._asked = time.monotonic()
         self._began: float | None = None
 
     @property
@@ -46,17 +53,27 @@ class Compilation:
 
     @property
     def overdue(self) -> bool:
-        """Whether it is still being compiled, after `MOST_SECONDS`."""
-        began = self._began
-        late = began is not None and time.monotonic() - began > MOST_SECONDS
-        return late and not self.future.done()
+        """Whether it is not compiled yet, after `MOST_SECONDS` of it or `MOST_WAITED` in all."""
+        now, began = time.monotonic(), self._began
+        late = began is not None and now - began > MOST_SECONDS
+        return (late or now - self._asked > MOST_WAITED) and not self.future.done()
+
+    @property
+    def broken(self) -> bool:
+        """Whether it ended without a verdict on the text: memory was short, or the like."""
+        future = self.future
+        return future.done() and (future.cancelled() or future.exception() is not None)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the compiler has refused the text."""
+        return self.future.done() and not self.broken and bool(self.future.result().is_error())
 
     def matcher(self) -> Any:
         """Return the matcher, to be copied; None where there is none, or not yet."""
-        if not self.future.done() or self.future.cancelled() or self.future.exception():
+        if not self.future.done() or self.broken or self.wrong:
             return None
-        matcher = self.future.result()
-        return None if matcher.is_error() else matcher
+        return self.future.result()
 
     def run(self, tokenizer: Any) -> Any:
         """Compile it; returns the matcher, which may be one that has given up already."""
@@ -82,17 +99,19 @@ class Grammars:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._threads = ThreadPoolExecutor(
-            THREADS, thread_name_prefix="grammar", initializer=_give_way
+        self._short, self._long = (
+            ThreadPoolExecutor(count, thread_name_prefix="grammar", initializer=_give_way)
+            for count in (THREADS, LONG_THREADS)
         )
         self._kept = OrderedDict[str, Compilation]()  # those used last at the end
 
     def borrow(self, text: str) -> Compilation:
         """Return a grammar that is compiled or will be; `give_back` ends its use."""
         found = self._kept.pop(text, None)
-        if found is None:
+        if found is None or found.broken:
             found = Compilation(text)
-            found.future = self._threads.submit(found.run, self._tokenizer)
+            threads = self._long if len(text) > LONG_CHARACTERS else self._short
+            found.future = threads.submit(found.run, self._tokenizer)
         self._kept[text] = found
         found.users += 1
         self._forget_some()
