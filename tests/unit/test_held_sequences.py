@@ -11,11 +11,9 @@ import torch
 from tests.engine_kit import Driver, Engine, config
 from tests.grammar_kit import ONE, content, form, heavy, prompt, run, sampling
 from worker.engine import grammars, holding
-from worker.engine.engine import GRAMMAR_FAILED
 from worker.engine.grammars import LONG_CHARACTERS, THREADS, Compilation
 from worker.engine.loader import load
-from worker.engine.masks import Masks
-from worker.engine.messages import Abort, Cancel
+from worker.engine.messages import Abort, Cancel, Limits
 
 pytestmark = pytest.mark.timeout(120)  # compiling in earnest, where others compute too
 
@@ -258,74 +256,23 @@ def test_a_successor_waits_for_the_grammar_too(loaded, gate):
     assert driver.last(3).error[0] == "generation_failed"
 
 
-def test_a_late_mask_holds_nobody_else(loaded, monkeypatch):
-    """Rows without a grammar get their tokens while a mask is computed; the row loses nothing."""
-    work = prompt(form(), 7), sampling(max_tokens=40)
-    alone = run(Engine(loaded, 1), work).ids(1)
-    opened, compute = threading.Event(), Masks._compute
-
-    def compute_later(masks, matcher):
-        assert opened.wait(60)
-        return compute(masks, matcher)
-
-    monkeypatch.setattr(Masks, "_compute", compute_later)
-    monkeypatch.setattr(holding, "MASK_SECONDS", 0.0)
-    engine = Engine(loaded, 8)
+def test_a_prompt_is_not_held_up_by_a_held_row(loaded, gate, monkeypatch):
+    """Where no token can be drawn, the steps that compute a prompt's parts do not wait."""
+    monkeypatch.setattr(holding, "IDLE_SECONDS", 4.0)
+    engine = Engine(loaded, 8, limits=Limits(chunk_tokens=4))
     driver = Driver(engine)
-    try:
-        driver.add(1, *work)
-        driver.add(2, prompt(None, 1), sampling(max_tokens=20, ignore_eos=True))
-        settled(engine, 1)
-        while not driver.said.get(2) or driver.last(2).finish is None:
-            driver.step()
-        assert driver.ids(1) == []
-    finally:
-        opened.set()
-    driver.drain()
-    assert driver.ids(1) == alone
-
-
-@pytest.mark.parametrize("end", ["comes", "breaks", "aborted"])
-def test_a_late_mask_holds_its_own_row_alone(loaded, monkeypatch, end):
-    """Rows with quick masks come to their ends, and the wait for a late one is had once."""
-    work = prompt(form(), 7), sampling(max_tokens=40)
-    alone = run(Engine(loaded, 1), work).ids(1)
-    opened, compute, first = threading.Event(), Masks._compute, []
-
-    def compute_later(masks, matcher):
-        first.append(matcher)
-        if matcher is first[0] and not opened.is_set():
-            assert opened.wait(60)
-            if end == "breaks":
-                raise MemoryError
-        return compute(masks, matcher)
-
-    monkeypatch.setattr(Masks, "_compute", compute_later)
-    monkeypatch.setattr(holding, "MASK_SECONDS", 1.0)
-    engine = Engine(loaded, 8)
-    driver = Driver(engine)
-    driver.add(1, *work)
-    while not first:
+    driver.add(1, prompt(slow(), 1), SHORT)
+    while not engine.holding.parked:
         driver.step()
-    driver.add(2, prompt(form(), 8), sampling())
-    driver.add(3, prompt(None, 1), sampling(max_tokens=60, ignore_eos=True))
-    try:
-        began = time.monotonic()
-        while any(not driver.said.get(h) or driver.last(h).finish is None for h in (2, 3)):
-            driver.step()
-        assert time.monotonic() - began < 20  # 60 steps
-        assert driver.ids(1) == []
-        if end == "aborted":
-            engine.handle(Abort(1))
-    finally:
-        opened.set()
+    driver.add(2, prompt(None, 2), sampling(max_tokens=1))
+    began, steps = time.monotonic(), 0
+    while 2 not in driver.said:
+        driver.step()
+        steps += 1
+    assert steps >= 5
+    assert time.monotonic() - began < 12
+    gate.opened.set()
     driver.drain()
-    if end == "comes":
-        assert driver.ids(1) == alone
-    elif end == "breaks":
-        assert driver.last(1).error == ("generation_failed", GRAMMAR_FAILED)
-    else:
-        assert 1 not in driver.said
 
 
 def test_what_is_kept_of_grammars_is_bounded(loaded, gate, monkeypatch):

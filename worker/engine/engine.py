@@ -137,6 +137,7 @@ class Engine:
             self._on_busy(())
         if decode:
             self._batch = len(rows)
+        worked = rows or self.scheduler.prefilling
         rows, logits = self.holding.sift(rows, logits, turn=decode)
         # No token comes soon with which those would end that were cancelled before they were held.
         ended = [s for s in self.holding.parked if s.handle in self.cancelled]
@@ -150,6 +151,8 @@ class Engine:
         # From the last row down: a row that ends too is not moved first.
         for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
             self._remove(sequence)
+        if decode and not (worked or rows or ended):
+            self.holding.idle()
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 

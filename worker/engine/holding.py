@@ -22,7 +22,7 @@ MASK_SECONDS = 0.05
 """How long a step waits for masks once the logits are there; nearly all are there before."""
 
 IDLE_SECONDS = 0.02
-"""How long a step that can draw nothing waits at most: commands may have come."""
+"""How long a step that can do nothing waits at most: commands may have come."""
 
 
 class Holding:
@@ -100,10 +100,18 @@ class Holding:
         chosen += [sequence for sequence, _ in taken]
         parts += [one for _, one in taken]
         if not chosen:
-            if turn:
-                self._idle()
             return [], torch.empty(0)
         return chosen, torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def idle(self) -> None:
+        """Wait until something has come that somebody waits for."""
+        awaited: list[Future[Any]] = []
+        awaited += self._masks.late(self.parked, 0)
+        for sequence in self.parked:
+            if sequence.constraint and (compilation := sequence.constraint.compiling):
+                awaited.append(compilation.future)
+        if awaited:
+            wait(awaited, timeout=IDLE_SECONDS, return_when=FIRST_COMPLETED)
 
     def _late(self, rows: Iterable[Sequence], seconds: float) -> set[int]:
         """Return the handles of those rows that have to wait, after so long a wait for masks."""
@@ -115,13 +123,3 @@ class Holding:
         if self._masks.late(due, seconds):
             late |= {row.handle for row in due if not self._masks.ready(row)}
         return late
-
-    def _idle(self) -> None:
-        """Wait until something has come that somebody waits for."""
-        awaited: list[Future[Any]] = []
-        awaited += self._masks.late(self.parked, 0)
-        for sequence in self.parked:
-            if sequence.constraint and (compilation := sequence.constraint.compiling):
-                awaited.append(compilation.future)
-        if awaited:
-            wait(awaited, timeout=IDLE_SECONDS, return_when=FIRST_COMPLETED)
