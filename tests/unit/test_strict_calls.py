@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.engine_kit import Engine, config
 from tests.grammar_kit import ONE, called, offered, prompt, run, sampling
 from worker import grammar
+from worker.engine.constraint import Tokens
 from worker.engine.loader import load
 from worker.engine.outfit import outfit
 from worker.engine.sequence import Sequence
@@ -150,6 +151,27 @@ def test_no_token_goes_on_behind_the_tag(engine, loaded, ids):
         spelled = sequence.detokenizer.unread == "<tool_call"
         assert (line in constraint.barred, end in constraint.barred) == (spelled, False)
     assert constraint.has_mask
+
+
+class Vocabulary:
+    """A tokenizer of three tokens."""
+
+    words = (b">x", b"a <tool_call> b", b"call>")
+    vocab_size = len(words)
+
+    def decode_bytes(self, ids):
+        return b"".join(self.words[i] for i in ids)
+
+
+def test_tokens_past_the_tag_are_known_before_there_are_requests(loaded, engine, monkeypatch):
+    """The vocabulary is read once, at the start; a token around a whole tag never may come."""
+    tokens = Tokens(loaded, engine.runner.vocab_size)
+    monkeypatch.setattr(tokens, "_tokenizer", None)  # nothing can be read any more
+    assert tokens.past("<tool_call>", 10)
+    monkeypatch.setattr(tokens, "_tokenizer", Vocabulary())
+    found = tokens._tokens_past("<tool_call>")
+    assert found[0] == found[6] == [1]
+    assert found[10] == [0, 1]
 
 
 def test_a_successor_goes_on_from_any_seam(engine, ids):

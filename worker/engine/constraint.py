@@ -45,7 +45,8 @@ class Tokens:
         self.grammars = Grammars(self._tokenizer) if self._tokenizer else None
         self._past: dict[str, dict[int, list[int]]] = {}
         if self._tokenizer:
-            self.past(CLOSE, 0)
+            for tag in (CLOSE, *(parser.opening for parser in PARSERS.values())):
+                self.past(tag, 0)
 
     def grammar(self, sequence: Sequence) -> Compilation | None:
         """Return a sequence's grammar, to be given back to `grammars`; None where it has none.
@@ -93,7 +94,7 @@ class Tokens:
                 continue
             for size in range(len(tag)):
                 rest = tag[size:].encode()
-                whole = not size and rest in text[:-1]
+                whole = tag.encode() in text[:-1]
                 if whole or (len(text) > len(rest) and text.startswith(rest)):
                     found.setdefault(size, []).append(token)
         return found
