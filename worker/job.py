@@ -156,7 +156,7 @@ class SessionJob:
             return self._ending(request.sampling.n)
         except UnbrokenError as error:
             if error.code in NOT_NOW:
-                raise GiveBack(waited=True) from None
+                raise GiveBack(waited=not self._handles) from None
             return Ending(Failed(error.code, error.message, error.param), "failed", self._usage())
         except msgspec.MsgspecError:
             event = Failed("generation_failed", "The session's request or log is not readable.")
