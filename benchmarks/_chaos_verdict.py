@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import datetime as dt
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -214,9 +214,20 @@ def resumed_after(faults: Iterable[Fault]) -> dict[str, list[float]]:
 
 
 def start_seconds(lines: Iterable[dict[str, Any]]) -> list[float]:
-    """Read from the workers' logs how long each start took, seconds."""
-    found = [re.match(r"model ready after ([0-9.]+) s", line.get("message", "")) for line in lines]
-    return [float(match[1]) for match in found if match]
+    """Read from the workers' logs how long each start took, from its first line on, seconds."""
+    found, began = list[float](), None
+    for line in lines:
+        message = line.get("message", "")
+        if message == "startup":
+            began = _time(line)
+        elif message.startswith("model ready") and began:
+            found.append((_time(line) - began).total_seconds())
+            began = None  # what comes next without a start is an engine alone
+    return found
+
+
+def _time(line: dict[str, Any]) -> dt.datetime:
+    return dt.datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S.%f%z")
 
 
 @dataclass

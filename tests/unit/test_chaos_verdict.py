@@ -148,9 +148,17 @@ def test_what_a_reconnection_took_is_told_from_the_silence():
 
 
 def test_starts_are_read_from_the_workers_logs():
-    """Each says how long its model took to be ready."""
-    lines = [{"message": "model ready after 12.5 s: demo | cpu"}, {"message": "model ready"}]
-    assert start_seconds(lines) == [12.5]
+    """From a worker's first line until its model is ready; an engine's new start is none."""
+    told = [
+        ("startup", "02:59:58.500"),
+        ("model ready after 0.8 s: demo | cpu", "03:00:02.000"),
+        ("model ready after 0.5 s: demo | cpu", "03:00:20.000"),
+        ("startup", "03:01:00.000"),
+        ("startup", "03:01:10.000"),
+        ("model ready after 0.8 s: demo | cpu", "03:01:15.250"),
+    ]
+    lines = [{"message": message, "time": f"2026-11-23T{at}Z"} for message, at in told]
+    assert start_seconds(lines) == [3.5, 5.25]
 
 
 class Client:
