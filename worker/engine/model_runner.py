@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from shared.protocol import SamplingParams
+from worker.engine.decode_step import DecodeStep
 from worker.engine.encoder_cache import EncoderCache
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
@@ -63,6 +64,7 @@ class ModelRunner:
         self.encoded = EncoderCache(model)
         parameters = inspect.signature(model.forward).parameters
         self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.step = DecodeStep(self._forward, self.cache, self.dtype)
 
     @torch.inference_mode()
     def prefill(self, chunks: Rows[Chunk]) -> Tensor:
@@ -159,19 +161,9 @@ class ModelRunner:
         """
         if self.replay and len(sequences) > 1:
             return torch.cat([self.decode([sequence]) for sequence in sequences])
-        lengths = [sequence.length for sequence in sequences]
-        longest = max(lengths)
-        rows = torch.tensor(
-            [[s.next_input, s.length, s.length + s.rope_delta] for s in sequences],
-            device=self.device,
-        )
-        self.cache.plan.begin(rows[:, 1], longest, sequences[0].slot)
-        logits = self._forward(
-            input_ids=rows[:, :1],
-            position_ids=rows[:, 2:],
-            attention_mask=self._mask(rows[:, 1], longest + 1),
-            past_key_values=self.cache,
-        )
+        rows = [[s.next_input, s.length, s.length + s.rope_delta] for s in sequences]
+        longest = max(sequence.length for sequence in sequences)
+        logits = self.step(torch.tensor(rows, device=self.device), longest, sequences[0].slot)
         for sequence in sequences:
             sequence.length += 1
         return logits
@@ -202,12 +194,6 @@ class ModelRunner:
         ).logits[:, -1]
         return _widened(logits)
 
-    def _mask(self, lengths: Tensor, window: int) -> Tensor:
-        """Additive mask `[B, 1, 1, window]`: a row attends to its own tokens and the new one."""
-        positions = torch.arange(window, device=self.device)
-        mask = torch.zeros(lengths.shape[0], window, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(positions > lengths[:, None], float("-inf"))[:, None, None]
-
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         tensor = torch.from_numpy(np.require(array, requirements=("C", "A", "W"))).to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -215,7 +201,8 @@ class ModelRunner:
     def verify(self) -> None:
         """Compare a batched, ragged decode with the model's own forward on a few token ids.
 
-        Finds models whose forward ignores our positions or mask, or keeps state between calls.
+        Finds models whose forward ignores our positions or mask, or keeps state between calls. Then
+        record the decode step, on a CPU.
 
         Raises:
             UnsupportedModelError: they differ.
@@ -226,6 +213,12 @@ class ModelRunner:
             raise UnsupportedModelError("its forward rejects a batched decode step") from failure
         if not error <= TOLERANCE.get(self.dtype, HALF_TOLERANCE):
             raise UnsupportedModelError("a batched decode step does not reproduce its own forward")
+        if self.device.type == "cpu":
+            self._record()
+
+    @torch.inference_mode()
+    def _record(self) -> None:
+        self.step.record(self.vocab_size)
 
     @torch.inference_mode()
     def _probe_error(self) -> float:
