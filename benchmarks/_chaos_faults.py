@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from benchmarks._chaos_clients import Client, Stream
     from benchmarks._chaos_stack import Part, Stack
 
-LONGEST_PAUSE = 1.7
+PAUSES = (0.5, 1.5)
+"""Seconds from one fault to the next, as they are drawn."""
+
+LONGEST_PAUSE = 1.9
+"""Whatever asking whom to hit may take: a fault that is not chosen by then is a cut of clients."""
+
 FREEZE_SECONDS = {"worker": (3.0, 5.0), "gateway": (0.5, 2.5), "redis": (0.5, 3.0)}
 
 KINDS = {
@@ -80,28 +85,39 @@ class Faults:
 
     async def run(self, seconds: float) -> None:
         """Inject faults for so long, one at least every two seconds, and wait for their ends."""
-        end = time.monotonic() + seconds
-        due = time.monotonic() + 1.0
-        while due < end:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            due = time.monotonic() + self._rng.uniform(0.5, LONGEST_PAUSE)
+        last = time.monotonic()
+        end = last + seconds
+        while (due := last + self._rng.uniform(*PAUSES)) < end:
+            await asyncio.sleep(due - time.monotonic())
             if time.monotonic() < self._quiet_until:
                 self._cut_a_bystander()
             else:
-                await self._inject(list(KINDS))
+                await self._inject(last + LONGEST_PAUSE)
+            last = self.done[-1].at
         await asyncio.gather(*self._tasks)
 
-    async def _inject(self, kinds: list[str]) -> None:
-        """Inject one of the kinds that is possible now; a cut always is."""
+    async def _inject(self, deadline: float) -> None:
+        """Inject a fault that is possible now, or cut clients if none is found by the deadline."""
+        choosing = asyncio.create_task(self._choose())
+        await asyncio.wait({choosing}, timeout=deadline - time.monotonic())
+        if not choosing.done():
+            choosing.cancel()  # it is not waited for: what it finds comes too late
+            self._cut_some()
+        elif choice := choosing.result():
+            await self.hit(*choice)
+        else:
+            self._cut_some()
+
+    async def _choose(self) -> tuple[str, Part, list[Stream]] | None:
+        """Draw one of the kinds that are possible now; None is a cut, which always is."""
+        kinds = list(KINDS)
         while True:
             kind = self._rng.choices(kinds, [KINDS[k] for k in kinds])[0]
             if kind == "client cut":
-                self._cut_some()
-                return
+                return None
             part = await self.target(kind.split()[0])
             if part is not None:
-                await self.hit(kind, part)
-                return
+                return kind, part, await self.hit_by(part)
             kinds = [k for k in kinds if k.split()[0] != kind.split()[0]]
 
     def _cut_some(self) -> None:
@@ -163,10 +179,17 @@ class Faults:
         infos = [msgspec.json.decode(value, type=WorkerInfo) for value in found if value]
         return {info.id for info in infos if info.state == "ready"}
 
-    async def hit(self, kind: str, part: Part) -> None:
-        """Inject a fault of a kind, and note whom it hits."""
+    async def hit(self, kind: str, part: Part, before: list[Stream] | None = None) -> None:
+        """Inject a fault of a kind, and note whom it hits.
+
+        Args:
+            kind: one of `KINDS`, but no cut.
+            part: what to signal.
+            before: who depended on it just now, if that was asked already.
+        """
         number = getattr(signal, kind.split()[1])
-        before = await self.hit_by(part) if number == signal.SIGTERM else None
+        if before is None:
+            before = await self.hit_by(part)
         fault = Fault(kind, time.monotonic())
         if not part.signal(number):
             self._cut_some()
@@ -178,12 +201,10 @@ class Faults:
             self._frozen.add(part.pid)
             fault.outage = self._rng.uniform(*FREEZE_SECONDS[part.kind])
             self._begin(self._thaw(part, fault))
-        if part.kind == "redis":
-            fault.hit = self.streams()
-            if number != signal.SIGSTOP:
-                self._begin(self._time_outage(fault))
-        else:  # a dead or frozen worker's leases still stand; who stops gives them away at once
-            fault.hit = await self.hit_by(part) if before is None else before
+        if kind == "redis SIGKILL":
+            self._begin(self._time_outage(fault))
+        # Who stops gives its sessions away at once; a dead or frozen worker's leases still stand.
+        fault.hit = before if number == signal.SIGTERM else await self.hit_by(part)
         if self._rng.random() < QUIET_SHARE:
             self._quiet_until = fault.at + fault.outage + QUIET_SECONDS[part.kind]
 
@@ -206,8 +227,10 @@ class Faults:
         fault.outage = time.monotonic() - fault.at
 
     async def hit_by(self, part: Part) -> list[Stream]:
-        """Return the streams that depend on a worker or a gateway now."""
+        """Return the streams that depend on a part now."""
         streams = self.streams()
+        if part.kind == "redis":
+            return streams
         if part.kind == "gateway":
             return [s for s in streams if s.port == part.port]
         patience = LOOK_SECONDS * MISSES / 2  # a dead worker's leases stand that long at least

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks._chaos_stack import ROOT
 from benchmarks._chaos_verdict import (
     BOUNDS,
+    WINDOW,
     Judgement,
     Log,
     Silence,
@@ -160,10 +161,12 @@ def _machine(found: dict[str, Any]) -> str:
     pace, lag, starts = found["arguments"]["pace"], found["timer_lag_ms"], found["worker_starts"]
     return f"""\
 Streams are paced at {pace:g} tokens a second (0: not at all), so that the faults are measured and \
-not the load; their pauses are {1 / pace if pace else 0:.2f} s without any fault. The machine was \
-{found["machine_busy"]:.0%} busy: a timer of the clients' process was late by {lag[0]} / {lag[1]} \
-/ {lag[2]} ms (p50 / p99 / longest), and a worker took {starts[0]} / {starts[1]} s to start. A new \
-connection was accepted after (p50 / p99, s): {resumes}."""
+not the load; their pauses are {1 / pace if pace else 0:.2f} s without any fault. A silence is a \
+stream's longest pause that was under way at the fault or began within {WINDOW:g} s of it, counted \
+from the fault, or from the last event where that came later; also where its first token had not \
+come yet. The machine was {found["machine_busy"]:.0%} busy: a timer of the clients' process was \
+late by {lag[0]} / {lag[1]} / {lag[2]} ms (p50 / p99 / longest), and a worker took {starts[0]} / \
+{starts[1]} s to start. A new connection was accepted after (p50 / p99, s): {resumes}."""
 
 
 def _row(name: str, figures: dict[str, Any]) -> str:

@@ -139,7 +139,7 @@ def judge(stream: Stream, log: Log, truth: Truth) -> Judgement:
 
 @dataclass
 class Silence:
-    """The longest pause between two events of a stream that a fault may have caused, seconds."""
+    """The longest pause of a stream that faults may have caused, seconds; see `silences`."""
 
     kinds: tuple[str, ...]
     seconds: float
@@ -167,7 +167,9 @@ def silences(
     """Find, for each fault and each stream that it hit, the pause that it may have caused.
 
     Returns them, and each stream's longest pause that no fault explains, in seconds; the wait for
-    its first token aside.
+    its first token aside. A pause lasts from one event to the next, or from the first fault within
+    it, if that came later: what a stream had waited before is not the fault's doing. One that was
+    hit before its first token has waited for it since the fault, its turn in the queue included.
     """
     hits = defaultdict[int, list["Fault"]](list)
     for fault in faults:
@@ -175,7 +177,7 @@ def silences(
             hits[id(stream)].append(fault)
     found, unexplained = list[Silence](), list[float]()
     for stream in streams:
-        pauses = [after - before for before, after in pairwise(stream.times)]
+        pauses = list(pairwise(stream.times))
         causes = defaultdict[int, list["Fault"]](list)  # place of the pause -> its faults
         for fault in hits[id(stream)]:
             place = _pause_after(stream.times, fault.at)
@@ -183,17 +185,19 @@ def silences(
                 causes[place].append(fault)
         for place, several in causes.items():
             kinds = tuple(fault.kind for fault in several)
+            before, after = pauses[place]
+            seconds = after - max(before, min(fault.at for fault in several))
             outage = sum(f.outage for f in several if f.kind in BEYOND_OUTAGE)
-            found.append(Silence(kinds, pauses[place], outage))
-        rest = [p for n, p in enumerate(pauses) if n and n not in causes]
+            found.append(Silence(kinds, seconds, outage))
+        rest = [after - before for n, (before, after) in enumerate(pauses) if n and n not in causes]
         unexplained.append(max(rest, default=0.0))
     return found, unexplained
 
 
 def _pause_after(times: Sequence[float], at: float) -> int | None:
-    """Return the place of the longest pause that ends after a fault and begins soon after it."""
+    """Return the place of the longest pause after a fault: under way then, or begun soon after."""
     pauses = [
-        (after - before, place)
+        (after - max(before, at), place)
         for place, (before, after) in enumerate(pairwise(times))
         if after > at and before < at + WINDOW
     ]

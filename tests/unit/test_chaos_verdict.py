@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from benchmarks import _chaos_faults
 from benchmarks._chaos_clients import Attempt, Stream
 from benchmarks._chaos_faults import Fault, Faults
 from benchmarks._chaos_stack import Part
@@ -115,10 +116,28 @@ def test_a_silence_belongs_to_the_faults_that_hit_the_stream():
     [one, two], unexplained = silences([stream, other], [kill, away])
     assert unexplained == [1, 6]
     assert (one.kind, one.seconds, one.beyond) == ("worker SIGKILL", 3, 3)
-    assert (two.kind, two.seconds, two.beyond) == ("redis SIGSTOP", 1, 0.6)
+    assert (two.kind, two.seconds, two.beyond) == ("redis SIGSTOP", 0.5, pytest.approx(0.1))
     away.at = 2.5
     [both], _ = silences([stream], [kill, away])
     assert (both.kind, both.bound) == ("several at once", 6)
+
+
+@pytest.mark.parametrize(
+    ("times", "faults", "seconds"),
+    [
+        ([0, 1, 6, 7], [3.5], 2.5),  # it had been silent for long
+        ([0, 1, 6, 7], [3.5, 2], 4),  # since the first of several
+        ([0, 1, 6, 7], [0.9], 5),  # all of a pause that begins later
+        ([0, 9, 10], [2], 7),  # its first token is waited for since the fault
+        ([0, 5, 6, 7], [4.9], 1),  # what was nearly over is not the longest
+    ],
+)
+def test_a_silence_is_counted_from_the_fault_on(times, faults, seconds):
+    """What a stream had waited before is not the fault's doing; what it waits after it, is."""
+    stream = Stream(0, times=times)
+    hits = [Fault("worker SIGTERM", at, hit=[stream]) for at in faults]
+    [found], _ = silences([stream], hits)
+    assert found.seconds == seconds
 
 
 def test_takeovers_are_counted_from_the_workers_own_words():
@@ -197,3 +216,14 @@ async def test_a_worker_that_was_killed_counts_as_none(monkeypatch):
         [part, *_] = await faults.able("worker")
         await faults.hit("worker SIGKILL", part)
         assert len(await faults.able("worker")) == left
+
+
+async def test_a_fault_comes_in_time_whatever_choosing_takes(monkeypatch):
+    """While nobody says whom to hit, clients are cut: no two seconds pass without a fault."""
+    monkeypatch.setattr(_chaos_faults, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(_chaos_faults, "LONGEST_PAUSE", 0.03)
+    faults = Faults(None, None, [Client()], seed=7)
+    monkeypatch.setattr(faults, "_choose", asyncio.Event().wait)
+    await faults.run(0.3)
+    assert len(faults.done) > 1
+    assert {fault.kind for fault in faults.done} == {"client cut"}
