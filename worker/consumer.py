@@ -55,7 +55,7 @@ PAUSE_SECONDS = 0.5
 """Pause after Redis failed."""
 
 CLAIM_AT_ONCE = 4
-"""Most sessions of one claim, so that those of a dead worker spread over the others."""
+"""Most sessions of one claim, so that a burst spreads over the workers."""
 
 LAST_SECONDS = 1.0
 """Given to sessions that are given back at the end of a drain, before their tasks are cancelled."""
@@ -122,7 +122,7 @@ class LeasedWorker(Worker):
         self._loops: list[asyncio.Task[None]] = []
         self._pulse = pulse
         self._renewed = time.monotonic()
-        self._freed = asyncio.Event()
+        self._intake = parts.intake
         self.can_claim = asyncio.Event()
 
     @property
@@ -148,22 +148,28 @@ class LeasedWorker(Worker):
             await _through_outages(self._poll_iteration, outage)
 
     async def _poll_iteration(self) -> None:
-        """Claim what fits and start it, else wait: for the bell, a slot, an expiring lease."""
+        """Claim what fits and start it, else wait: for the bell, room, an expiring lease."""
         if time.monotonic() - self._renewed > LEASE_MS / 2000:
             await self._renew()  # after an outage: our own sessions must not look abandoned
-        self._freed.clear()
-        free = min(self.max_jobs - self.running, CLAIM_AT_ONCE)
-        claim = await self._queue.claim(self.worker_id, free)
+        self._intake.changed.clear()
+        free, room = self.max_jobs - self.running, self._intake.room()
+        if free and not room:  # others may take what waits, meanwhile
+            await self._change_of_room(self._intake.opens_in())
+            return
+        claim = await self._queue.claim(self.worker_id, min(free, room, CLAIM_AT_ONCE))
         for claimed in claim.sessions:
             self._start(claimed)
         if claim.sessions and self.running < self.max_jobs:
             return
         if self.running >= self.max_jobs:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), IDLE_SECONDS)
+            await self._change_of_room(IDLE_SECONDS)
             return
         expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
         await self._bell.wait_for_work(min(IDLE_SECONDS, max(expiry, 0.05)))
+
+    async def _change_of_room(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._intake.changed.wait(), seconds)
 
     def _start(self, claimed: Claimed) -> None:
         sid = claimed.session_id
@@ -171,6 +177,7 @@ class LeasedWorker(Worker):
         if sid in self._jobs:
             self._jobs[sid].lose()
         self._leases[sid] = claimed.lease
+        self._intake.take(sid)
         task = self.loop.create_task(self._run_after(before, claimed), name=f"session {sid}")
         self.tasks[sid] = task
         task.add_done_callback(lambda done: self._ended(claimed, done))
@@ -193,7 +200,7 @@ class LeasedWorker(Worker):
             del self.tasks[sid]
         if self._leases.get(sid) == claimed.lease:
             del self._leases[sid]
-        self._freed.set()
+        self._intake.leave(sid)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session job broke", extra={"session": sid, "error": type(error).__name__})
 

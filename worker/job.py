@@ -194,6 +194,7 @@ class SessionJob:
 
     def _on_begin(self) -> None:
         """Count this run as an attempt, from now on: its engine has begun it."""
+        self._parts.intake.begin(self.claimed.session_id)
         if self._attempt is None:
             self._attempt = asyncio.create_task(self._count_attempt(), name="attempt")
 
@@ -339,8 +340,7 @@ class SessionJob:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=sum(tokens for tokens, _ in self._counts.values()),
             reasoning_tokens=sum(thoughts for _, thoughts in self._counts.values()),
-            # The other choices share the first one's prefill.
-            cached_tokens=self._last[0].cached_tokens if 0 in self._last else 0,
+            cached_tokens=self._last[0].cached_tokens if 0 in self._last else 0,  # all share it
         )
 
     def _drop_handles(self) -> None:

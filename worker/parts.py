@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from worker.intake import Intake
+
 if TYPE_CHECKING:
     from shared.queue import SessionQueue
     from shared.session_log import SessionLog
@@ -49,6 +51,7 @@ class Parts:
         self.log, self.queue, self.publisher = log, queue, publisher
         self.prompts, self.engine = prompts, engine
         self.max_attempts = max_attempts
+        self.intake = Intake()
         self.trials = asyncio.Lock()
         """Held by the session whose turn it is; see `Turn`."""
 

@@ -20,9 +20,10 @@ from shared.protocol import (
 from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
-from worker import handover
+from worker import handover, intake
 from worker.consumer import LeasedWorker
 from worker.engine.messages import Output, Piece, Prompt
+from worker.intake import AT_ONCE
 from worker.job import FREE_CLAIMS
 from worker.parts import Parts
 from worker.publisher import Publisher
@@ -77,6 +78,23 @@ class ScriptedEngine:
         self.on_step_end()
 
 
+class SlowEngine(ScriptedEngine):
+    """Begins a sequence only when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def add(self, message, sink, on_begin):
+        self.waiting.append(lambda: super(SlowEngine, self).add(message, sink, on_begin))
+
+    def begin(self):
+        """Begin all that wait."""
+        waiting, self.waiting = self.waiting, []
+        for add in waiting:
+            add()
+
+
 class ScriptedPrompts:
     """Prepares any prompt; `failures` are raised before."""
 
@@ -93,11 +111,11 @@ class ScriptedPrompts:
 class Worker:
     """A real `LeasedWorker` with a scripted engine."""
 
-    def __init__(self, name, url):
+    def __init__(self, name, url, engine):
         self.store, self.bell = Store(connect(url)), Store(connect(url))
         self.queue = SessionQueue(self.store, kept_seconds=60, watch_ms=60_000, model="m")
         bell = SessionQueue(self.bell, kept_seconds=60, watch_ms=60_000, model="m")
-        self.engine, self.prompts = ScriptedEngine(), ScriptedPrompts()
+        self.engine, self.prompts = engine, ScriptedPrompts()
         self.publisher = Publisher(SessionLog(self.store), kept_seconds=60)
         self.engine.on_step_end = self.publisher.flush
         self.consumer = LeasedWorker(
@@ -138,8 +156,8 @@ async def make(redis_url):
     """Make a worker, to be started."""
     made = []
 
-    def make(name="w1"):
-        made.append(Worker(name, redis_url))
+    def make(name="w1", engine=ScriptedEngine):
+        made.append(Worker(name, redis_url, engine()))
         return made[-1]
 
     yield make
@@ -400,3 +418,44 @@ async def test_the_form_of_a_session_with_tokens_is_not_tried_again(make, log):
     _, text = await ended(log, "s")
     assert text == WHOLE
     assert (first.prompts.begun, second.prompts.begun) == ([False], [True])
+
+
+async def orphans(worker, store, *names):
+    """Leave behind sessions of a worker that has died."""
+    await submit(worker.queue, *names)
+    assert len((await worker.queue.claim("dead", len(names))).sessions) == len(names)
+    await store.redis.zadd(keys.LEASES, dict.fromkeys(names, 1))
+
+
+async def test_what_a_dead_worker_left_is_shared_out(make, log, store, monkeypatch):
+    """One takes what it begins soon; one that comes later finds the rest, and all end well."""
+    monkeypatch.setattr(intake, "PATIENCE_SECONDS", 3600)
+    first, later = (make(name, SlowEngine) for name in ("w1", "w2"))
+    names = [f"s{n:02}" for n in range(3 * AT_ONCE)]
+    await orphans(first, store, *names)
+    for worker in (first, later):
+        worker.start()
+        while len(worker.engine.waiting) < AT_ONCE or worker.consumer._intake.room():
+            await asyncio.sleep(0.005)
+    assert await first.queue.depth() == AT_ONCE
+    assert [w.consumer.running for w in (first, later)] == [AT_ONCE, AT_ONCE]
+    first.engine.going.clear()
+    first.engine.begin()  # which makes room, long before any of them ends
+    while len(first.engine.waiting) < AT_ONCE:
+        await asyncio.sleep(0.005)
+    first.engine.going.set()
+    for worker in (first, later):
+        worker.engine.begin()
+    for name in names:
+        assert (await ended(log, name))[1] == WHOLE
+
+
+async def test_what_nobody_else_takes_is_taken_all_the_same(make, store, monkeypatch):
+    """A lone worker whose engine begins nothing leaves others' sessions for a moment only."""
+    monkeypatch.setattr(intake, "PATIENCE_SECONDS", 0.05)
+    worker = make(engine=SlowEngine)
+    names = [f"s{n:02}" for n in range(3 * AT_ONCE)]
+    await orphans(worker, store, *names)
+    worker.start()
+    while len(worker.engine.waiting) < len(names):
+        await asyncio.sleep(0.005)
