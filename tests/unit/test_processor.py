@@ -396,3 +396,25 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(demo_model):
         small.build([user("word " * 10_000)], [])
     assert caught.value.code == "context_length_exceeded"
     assert "100 tokens" in caught.value.message
+
+
+def test_the_first_prompt_is_prepared_before_anybody_waits(monkeypatch):
+    """A process that is ready has compiled its template; one that it fails for is ready too."""
+    from worker.engine import processor
+
+    prepared = []
+
+    class Recorded:
+        def __init__(self, **options):
+            self.prompt = options["prompt"]
+
+        def build(self, messages, media, *_more):
+            prepared.append((messages, media))
+            if len(prepared) == 1:
+                raise ValueError("this template wants more")
+            return self.prompt
+
+    monkeypatch.setattr(processor, "PromptProcessor", Recorded)
+    answer = processor.create({"prompt": "ready"})
+    assert len(prepared) == 1
+    assert answer(((), ())) == "ready"

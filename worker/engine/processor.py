@@ -5,6 +5,7 @@ Runs in a child process of its own (`create`), because tokenizing and resizing h
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -330,4 +331,6 @@ def create(
     """Load a `PromptProcessor(**options)` in a child process; the handler takes its arguments."""
     torch.set_num_threads(1)  # the engine needs the cores
     processor = PromptProcessor(**options)
+    with contextlib.suppress(Exception):  # a request would say why
+        processor.build((Message("user", (TextPart("Hello!"),)),), ())  # compiles the template
     return lambda payload: processor.build(*payload)
