@@ -154,7 +154,7 @@ class LeasedWorker(Worker):
         self._intake.changed.clear()
         free, room = self.max_jobs - self.running, self._intake.room()
         if free and not room:  # others may take what waits, meanwhile
-            await self._change_of_room(self._intake.opens_in())
+            await self._change_of_room(PAUSE_SECONDS)
             return
         claim = await self._queue.claim(self.worker_id, min(free, room, CLAIM_AT_ONCE))
         for claimed in claim.sessions:

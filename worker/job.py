@@ -56,8 +56,7 @@ class SessionJob:
         self._counts: dict[int, tuple[int, int]] = {}  # choice -> tokens, reasoning tokens so far
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer: SessionWriter | None = None
-        self._prompt_tokens = 0
-        self._scored = False  # whether log probabilities are asked for
+        self._prompt_tokens, self._scored = 0, False  # scored: log probabilities are asked for
         self._meter: RunMeter | None = None
         self._may_be_abandoned = False  # before it is known whether it needs a watcher
         self._attempt: asyncio.Task[None] | None = None
@@ -275,6 +274,7 @@ class SessionJob:
         trial: bool,
     ) -> None:
         self._scored = request.sampling.logprobs is not None
+        self._parts.intake.send(self.claimed.session_id)
         if self._meter:
             self._meter.in_engine(self._prompt_tokens, generated)
         for choice in range(request.sampling.n):

@@ -20,7 +20,7 @@ from shared.protocol import (
 from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
-from worker import handover, intake
+from worker import consumer, handover, intake
 from worker.consumer import LeasedWorker
 from worker.engine.messages import Output, Piece, Prompt
 from worker.intake import AT_ONCE
@@ -450,12 +450,20 @@ async def test_what_a_dead_worker_left_is_shared_out(make, log, store, monkeypat
         assert (await ended(log, name))[1] == WHOLE
 
 
-async def test_what_nobody_else_takes_is_taken_all_the_same(make, store, monkeypatch):
-    """A lone worker whose engine begins nothing leaves others' sessions for a moment only."""
+async def test_slow_media_keep_nobody_out(make, store, monkeypatch):
+    """A worker whose sessions wait for their media takes others after a moment."""
     monkeypatch.setattr(intake, "PATIENCE_SECONDS", 0.05)
-    worker = make(engine=SlowEngine)
-    names = [f"s{n:02}" for n in range(3 * AT_ONCE)]
-    await orphans(worker, store, *names)
+    monkeypatch.setattr(consumer, "PAUSE_SECONDS", 0.05)
+    worker, media = make(), asyncio.Event()
+    build, waiting = worker.prompts.build, []
+
+    async def build_slowly(request, **options):
+        waiting.append(request)
+        await media.wait()
+        return await build(request, **options)
+
+    worker.prompts.build = build_slowly
+    await orphans(worker, store, *(f"s{n:02}" for n in range(3 * AT_ONCE)))
     worker.start()
-    while len(worker.engine.waiting) < len(names):
+    while len(waiting) < 3 * AT_ONCE:
         await asyncio.sleep(0.005)

@@ -22,6 +22,7 @@ def test_a_few_are_taken_until_the_engine_begins_them(clock):
     for number in range(AT_ONCE):
         assert found.room() == AT_ONCE - number
         found.take(f"s{number}")
+    found.send("s0")
     assert (found.room(), found.changed.is_set()) == (0, False)
     found.begin("s0")
     assert (found.room(), found.changed.is_set()) == (1, True)
@@ -37,6 +38,7 @@ def test_an_engine_that_begins_many_gets_many(clock):
     found = Intake()
     for number in range(3 * AT_ONCE):
         found.take(f"s{number}")
+        found.send(f"s{number}")
         found.begin(f"s{number}")
         found.begin(f"s{number}")
     assert found.room() == 3 * AT_ONCE
@@ -44,17 +46,19 @@ def test_an_engine_that_begins_many_gets_many(clock):
     assert found.room() == AT_ONCE
 
 
-def test_nobody_waits_for_a_slow_one_for_long(clock):
-    """One that is on its way for longer than the patience keeps no other out."""
+def test_slow_media_keep_nobody_out_for_long_but_a_slow_engine_does(clock):
+    """What waits for the engine had better wait where another worker can take it."""
     found = Intake()
-    found.take("early")
-    clock.now += PATIENCE_SECONDS / 2
     for number in range(AT_ONCE):
         found.take(f"s{number}")
-    assert (found.room(), found.opens_in()) == (0, PATIENCE_SECONDS / 2)
-    clock.now += PATIENCE_SECONDS / 2
-    assert (found.room(), found.opens_in()) == (0, PATIENCE_SECONDS / 2)
-    clock.now += PATIENCE_SECONDS / 2
-    assert found.room() == AT_ONCE
-    found.take("early")  # claimed again
+    found.send("s0")
+    clock.now += PATIENCE_SECONDS
     assert found.room() == AT_ONCE - 1
+    found.send("s1")
+    assert found.room() == AT_ONCE - 2
+    clock.now += 3600
+    assert found.room() == AT_ONCE - 2
+    found.take("s0")  # claimed again
+    assert found.room() == AT_ONCE - 2
+    found.begin("s0")  # as the engine says of its former run
+    assert found.room() == AT_ONCE - 2
