@@ -7,6 +7,7 @@ import datetime as dt
 import json
 import os
 import platform
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from benchmarks._chaos_verdict import (
     Log,
     Silence,
     count_kinds,
+    given_back,
     percentile,
     resumed_after,
     silences,
@@ -67,7 +69,8 @@ class Run:
 def figures(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """Count everything."""
     streams, logs = run.streams, run.logs
-    found, unexplained = silences(streams, run.faults)
+    given = given_back(run.worker_logs, time.time() - time.monotonic())
+    found, unexplained = silences(streams, run.faults, given)
     dropped = [line for line in run.worker_logs if line.get("message") == "session dropped"]
     return {
         "streams": len(streams),
@@ -162,11 +165,12 @@ def _machine(found: dict[str, Any]) -> str:
     return f"""\
 Streams are paced at {pace:g} tokens a second (0: not at all), so that the faults are measured and \
 not the load; their pauses are {1 / pace if pace else 0:.2f} s without any fault. A silence is a \
-stream's longest pause that was under way at the fault or began within {WINDOW:g} s of it, counted \
-from the fault, or from the last event where that came later; also where its first token had not \
-come yet. The machine was {found["machine_busy"]:.0%} busy: a timer of the clients' process was \
-late by {lag[0]} / {lag[1]} / {lag[2]} ms (p50 / p99 / longest), and a worker took {starts[0]} / \
-{starts[1]} s to start. A new connection was accepted after (p50 / p99, s): {resumes}."""
+stream's longest pause that was under way at the fault, or at its hand-over by a worker that \
+stops, or began within {WINDOW:g} s of it; it counts from the fault, or from the last event where \
+that came later, also while the first token is waited for. The machine was \
+{found["machine_busy"]:.0%} busy: a timer of the clients' process was late by {lag[0]} / {lag[1]} \
+/ {lag[2]} ms (p50 / p99 / longest), and a worker took {starts[0]} / {starts[1]} s to start. A new \
+connection was accepted after (p50 / p99, s): {resumes}."""
 
 
 def _row(name: str, figures: dict[str, Any]) -> str:

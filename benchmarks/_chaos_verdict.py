@@ -12,7 +12,7 @@ from shared.protocol import Event, Generated, Started, Terminal, decode_event
 from shared.session_log import SessionLog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from benchmarks._chaos_clients import Stream
     from benchmarks._chaos_faults import Fault
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 WINDOW = 1.0
 """Seconds after a fault within which the silence that it causes begins."""
+
+HAND_OVER = 25.0
+"""A worker that was told to stop gives no session away so many seconds later: it has drained."""
 
 BOUNDS: dict[str, float] = {
     "worker SIGKILL": 4.0,
@@ -162,7 +165,9 @@ class Silence:
 
 
 def silences(
-    streams: Sequence[Stream], faults: Sequence[Fault]
+    streams: Sequence[Stream],
+    faults: Sequence[Fault],
+    given_back: Mapping[str, Sequence[float]] = {},
 ) -> tuple[list[Silence], list[float]]:
     """Find, for each fault and each stream that it hit, the pause that it may have caused.
 
@@ -170,6 +175,8 @@ def silences(
     its first token aside. A pause lasts from one event to the next, or from the first fault within
     it, if that came later: what a stream had waited before is not the fault's doing. One that was
     hit before its first token has waited for it since the fault, its turn in the queue included.
+    A worker that stops gives its sessions away one by one, `given_back` says when: the pauses then
+    are its doing too.
     """
     hits = defaultdict[int, list["Fault"]](list)
     for fault in faults:
@@ -180,7 +187,11 @@ def silences(
         pauses = list(pairwise(stream.times))
         causes = defaultdict[int, list["Fault"]](list)  # place of the pause -> its faults
         for fault in hits[id(stream)]:
-            place = _pause_after(stream.times, fault.at)
+            moments = [fault.at]
+            if fault.kind == "worker SIGTERM":
+                given = given_back.get(stream.session_id, ())
+                moments += [at for at in given if 0 < at - fault.at < HAND_OVER]
+            place = _pause_after(stream.times, moments)
             if place is not None:
                 causes[place].append(fault)
         for place, several in causes.items():
@@ -194,12 +205,15 @@ def silences(
     return found, unexplained
 
 
-def _pause_after(times: Sequence[float], at: float) -> int | None:
-    """Return the place of the longest pause after a fault: under way then, or begun soon after."""
+def _pause_after(times: Sequence[float], moments: Sequence[float]) -> int | None:
+    """Return the place of the longest pause under way at one of the moments, or begun soon after.
+
+    It counts from the first moment on.
+    """
     pauses = [
-        (after - max(before, at), place)
+        (after - max(before, moments[0]), place)
         for place, (before, after) in enumerate(pairwise(times))
-        if after > at and before < at + WINDOW
+        if any(after > at and before < at + WINDOW for at in moments)
     ]
     return max(pauses)[1] if pauses else None
 
@@ -214,6 +228,15 @@ def resumed_after(faults: Iterable[Fault]) -> dict[str, list[float]]:
                 if broken.ended > fault.at:
                     found[fault.kind].append(following.answered - broken.ended)
                     break
+    return dict(found)
+
+
+def given_back(lines: Iterable[dict[str, Any]], epoch: float) -> dict[str, list[float]]:
+    """Read from the workers' logs when sessions were given back: seconds since `epoch` (Unix)."""
+    found = defaultdict[str, list[float]](list)
+    for line in lines:
+        if line.get("message") == "session given back":
+            found[line["session"]].append(_time(line).timestamp() - epoch)
     return dict(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 
 import pytest
 
@@ -13,6 +14,7 @@ from benchmarks._chaos_stack import Part
 from benchmarks._chaos_verdict import (
     Log,
     Truth,
+    given_back,
     judge,
     resumed_after,
     silences,
@@ -138,6 +140,21 @@ def test_a_silence_is_counted_from_the_fault_on(times, faults, seconds):
     hits = [Fault("worker SIGTERM", at, hit=[stream]) for at in faults]
     [found], _ = silences([stream], hits)
     assert found.seconds == seconds
+
+
+def test_a_stopping_worker_answers_for_each_hand_over():
+    """The pause when a session is given back is the stop's, however late; no other pause is."""
+    times = [0, 1, 2, 3, 8, 9, 9.5, 13.5]
+    stream = Stream(0, "s", times=times)
+    lines = [
+        {"message": "session given back", "session": name, "time": f"2026-11-23T00:00:0{at}.0Z"}
+        for name, at in (("s", 4), ("other", 9))
+    ]
+    given = given_back(lines, dt.datetime(2026, 11, 23, tzinfo=dt.timezone.utc).timestamp())
+    assert given == {"s": [4], "other": [9]}
+    for kind, expected in (("worker SIGTERM", 5), ("worker SIGKILL", 1)):
+        [found], _ = silences([stream], [Fault(kind, 1.5, hit=[stream])], given)
+        assert found.seconds == expected
 
 
 def test_takeovers_are_counted_from_the_workers_own_words():
