@@ -118,3 +118,16 @@ def test_a_waiting_sequence_can_be_removed():
     assert model.scheduler.remove(model.scheduler.find(1)) == []
     assert model.scheduler.admit().handle == 2
     assert model.scheduler.find(1) is None
+
+
+def test_what_goes_on_comes_before_what_begins():
+    """A stream that was taken over waits behind its like alone, and for no row of its own."""
+    scheduler = Scheduler(1)
+    for handle, known in ((1, ()), (2, ()), (3, (7,)), (4, ()), (5, (7, 8))):
+        params = SamplingParams(max_tokens=9)
+        scheduler.add(Sequence(handle, Prompt([1]), params, frozenset(), CONTEXT, known))
+    order = []
+    while (sequence := scheduler.admit()) is not None:
+        order.append(sequence.handle)
+        scheduler.remove(scheduler.join())
+    assert order == [3, 5, 1, 2, 4]

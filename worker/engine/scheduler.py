@@ -1,4 +1,4 @@
-"""Which sequences wait, which are prefilled and which run: first come, first served."""
+"""Which sequences wait, are prefilled and run: first come, first served; those that go on first."""
 
 from __future__ import annotations
 
@@ -52,8 +52,14 @@ class Scheduler:
         return sequence if self._fits(len(live) + 1, longest) else None
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the waiting queue."""
+        """Put a sequence at the end of the waiting queue, or of those in it that go on.
+
+        A stream that stands still has been seen to run; one that begins is waited for anyhow.
+        """
         self._waiting[sequence.handle] = sequence
+        if sequence.output_ids:
+            waiting = sorted(self._waiting.values(), key=lambda s: not s.output_ids)  # stable
+            self._waiting = {s.handle: s for s in waiting}
 
     def admit(self) -> Sequence | None:
         """Give the next waiting sequence a row, if there is room; its prefill can begin."""
