@@ -18,7 +18,7 @@ from gateway.patience import patiently, reached
 from gateway.render import ChunkRenderer, CompletionBuilder
 from gateway.submission import NOT_FOUND, chosen_id, say_watched, submit
 from shared import metrics
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import decode_event
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ async def resume(services: Services, owner: str, cursor: Cursor, body: bytes) ->
         parsed = parse_json(body)
         named = parsed.get("session_id") if isinstance(parsed, dict) else None
         if named is not None and named != cursor.session_id:
-            raise UnbrokenError(
-                "invalid_value", "'session_id' and Last-Event-ID disagree.", "session_id"
-            )
+            raise invalid("session_id", "and Last-Event-ID disagree")
         options = parsed.get("stream_options") if isinstance(parsed, dict) else None
         if isinstance(options, dict):
             include_usage = options.get("include_usage") is True

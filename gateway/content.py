@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared import data_url
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import MediaPart, MediaRef, TextPart
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def content_part(raw: Any, where: str) -> Part:
     kind = kind if isinstance(kind, str) else None
     if kind in ("text", "input_text", "output_text"):
         if not isinstance(raw.get("text"), str):
-            raise UnbrokenError(
-                "invalid_value", f"'{where}.text' must be a string.", f"{where}.text"
-            )
+            raise invalid(f"{where}.text", "must be a string")
         return TextPart(raw["text"])
     if kind in MEDIA_TYPES:
         return MediaPart(_media(raw, kind, where))
@@ -40,7 +38,7 @@ def content_part(raw: Any, where: str) -> Part:
             "unsupported_parameter", f"'{where}' of type '{kind}' is not supported.", where
         )
     known = ", ".join(("text", "input_text", *MEDIA_TYPES))
-    raise UnbrokenError("invalid_value", f"'{where}.type' must be one of {known}.", f"{where}.type")
+    raise invalid(f"{where}.type", f"must be one of {known}")
 
 
 def _media(raw: dict[str, Any], kind: str, where: str) -> MediaRef:
@@ -57,14 +55,12 @@ def _media(raw: dict[str, Any], kind: str, where: str) -> MediaRef:
             url = data if ":" in data[:8] else f"data:{default};base64,{data}"
     param = f"{where}.{media}_url"
     if not isinstance(url, str) or not url:
-        raise UnbrokenError("invalid_value", f"'{param}' must hold a URL.", param)
+        raise invalid(param, "must hold a URL")
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         _check_data_url(url, media, param)
     elif not scheme.startswith(("http://", "https://")):
-        raise UnbrokenError(
-            "invalid_value", f"'{param}' must be an http(s) or a base64 data: URL.", param
-        )
+        raise invalid(param, "must be an http(s) or a base64 data: URL")
     return MediaRef(media, url)
 
 

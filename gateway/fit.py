@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import TextPart
 
 if TYPE_CHECKING:
@@ -57,10 +57,8 @@ def check_fits(chat: ChatRequest, workers: Sequence[WorkerInfo]) -> None:
         return  # one of them may have the room
     context = max(worker.context_length for worker in workers)
     if chat.generation.sampling.min_tokens >= context:
-        raise UnbrokenError(
-            "invalid_value",
-            f"'min_tokens' leaves no room for a prompt in the model's context of {context} tokens.",
-            "min_tokens",
+        raise invalid(
+            "min_tokens", f"leaves no room for a prompt in the model's context of {context} tokens"
         )
     if not all(worker.token_bytes for worker in workers):
         return

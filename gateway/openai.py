@@ -14,7 +14,7 @@ from gateway.json_schema import SchemaBudget, parse_format
 from gateway.reasoning import thinking_budget
 from gateway.sse import SESSION_ID
 from gateway.tools import parse_calls, parse_tools
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.protocol import (
     GenerationRequest,
     MediaPart,
@@ -122,13 +122,11 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
             raise unsupported(param)
     modalities = body.get("modalities")
     if modalities is not None and not isinstance(modalities, list):
-        raise UnbrokenError("invalid_value", "'modalities' must be a list.", "modalities")
+        raise invalid("modalities", "must be a list")
     if "audio" in (modalities or []):
         raise unsupported("modalities", "with audio is not supported")
     if body.get("stream_options") is not None and not body.get("stream"):
-        raise UnbrokenError(
-            "invalid_value", "'stream_options' needs 'stream': true.", "stream_options"
-        )
+        raise invalid("stream_options", "needs 'stream': true")
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -165,7 +163,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
     if not isinstance(body, dict):
         raise UnbrokenError("invalid_request", "The request body must be a JSON object.")
     if "messages" not in body:
-        raise UnbrokenError("invalid_value", "'messages' is required.", "messages")
+        raise invalid("messages", "is required")
     _refuse_unsupported(body)
     chat = validate(ChatCompletionRequest, body)
     max_tokens = chat.max_completion_tokens or chat.max_tokens or settings.max_tokens
@@ -198,9 +196,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> ChatRequest:
 def _logprobs(chat: ChatCompletionRequest) -> int | None:
     """Return how many of the likeliest tokens to tell with each one's probability; None: none."""
     if chat.top_logprobs and not chat.logprobs:
-        raise UnbrokenError(
-            "invalid_value", "'top_logprobs' needs 'logprobs': true.", "top_logprobs"
-        )
+        raise invalid("top_logprobs", "needs 'logprobs': true")
     return (chat.top_logprobs or 0) if chat.logprobs else None
 
 
@@ -235,10 +231,10 @@ def sampling(
     """
     stop = [chat.stop] if isinstance(chat.stop, str) else chat.stop or []
     if len(stop) > 4 or not all(stop):
-        raise UnbrokenError("invalid_value", "'stop' takes up to 4 non-empty strings.", "stop")
+        raise invalid("stop", "takes up to 4 non-empty strings")
     min_tokens = chat.min_tokens or 0
     if min_tokens > max_tokens:
-        raise UnbrokenError("invalid_value", "'min_tokens' exceeds 'max_tokens'.", "min_tokens")
+        raise invalid("min_tokens", "exceeds 'max_tokens'")
     temperature = settings.temperature if chat.temperature is None else chat.temperature
     return SamplingParams(
         max_tokens=max_tokens,
@@ -262,15 +258,9 @@ def sampling(
 
 def _logit_bias(raw: dict[str, float]) -> dict[int, float]:
     if len(raw) > MAX_BIASES:
-        raise UnbrokenError(
-            "invalid_value", f"'logit_bias' has more than {MAX_BIASES} entries.", "logit_bias"
-        )
+        raise invalid("logit_bias", f"has more than {MAX_BIASES} entries")
     if not all(re.fullmatch(r"[0-9]{1,9}", k) and -100 <= v <= 100 for k, v in raw.items()):
-        raise UnbrokenError(
-            "invalid_value",
-            "'logit_bias' maps token ids to numbers from -100 to 100.",
-            "logit_bias",
-        )
+        raise invalid("logit_bias", "maps token ids to numbers from -100 to 100")
     return {int(token): bias for token, bias in raw.items()}
 
 
@@ -283,9 +273,7 @@ def message(raw: dict[str, Any], where: str) -> Message:
     role = ROLES.get(raw.get("role") or "") if isinstance(raw.get("role"), str) else None
     if role is None:
         roles = ", ".join(ROLES)
-        raise UnbrokenError(
-            "invalid_value", f"'{where}.role' must be one of {roles}.", f"{where}.role"
-        )
+        raise invalid(f"{where}.role", f"must be one of {roles}")
     if raw.get("function_call"):
         raise unsupported(f"{where}.function_call")
     calls = parse_calls(raw.get("tool_calls"), f"{where}.tool_calls")
@@ -294,7 +282,7 @@ def message(raw: dict[str, Any], where: str) -> Message:
     content = raw.get("content")
     where += ".content"
     if content is None and role != "assistant":
-        raise UnbrokenError("invalid_value", f"'{where}' is required.", where)
+        raise invalid(where, "is required")
     if isinstance(content, str):
         parts: tuple[Part, ...] = (TextPart(content),)
     elif isinstance(content, list):
@@ -302,11 +290,9 @@ def message(raw: dict[str, Any], where: str) -> Message:
     elif content is None:
         parts = ()
     else:
-        raise UnbrokenError("invalid_value", f"'{where}' must be a string or a list.", where)
+        raise invalid(where, "must be a string or a list")
     if role == "system" and any(isinstance(part, MediaPart) for part in parts):
-        raise UnbrokenError(
-            "invalid_value", f"'{where}' of a system message takes text only.", where
-        )
+        raise invalid(where, "of a system message takes text only")
     name = raw.get("name")
     call = raw.get("tool_call_id")
     return Message(

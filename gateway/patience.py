@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.store import LOST
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ async def reached(
         if place <= last:
             return record
         if record.has_ended or place - last > REWRITE_EVENTS:
-            raise UnbrokenError("invalid_value", f"'{param}' is beyond the session's end.", param)
+            raise invalid(param, "is beyond the session's end")
         if time.monotonic() > until:
             raise UnbrokenError(
                 "unavailable",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 
 BUDGETS: dict[str, int | None] = {
     "none": 0,
@@ -24,9 +24,7 @@ def thinking_budget(
         UnbrokenError: `invalid_value`, where there is no such effort, or two budgets differ.
     """
     if effort is not None and effort not in BUDGETS:
-        raise UnbrokenError(
-            "invalid_value", f"'{param}' must be one of {', '.join(BUDGETS)}.", param
-        )
+        raise invalid(param, f"must be one of {', '.join(BUDGETS)}")
     given = {budget for budget in budgets if budget is not None}
     if len(given) > 1:
         raise UnbrokenError(

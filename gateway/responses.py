@@ -21,7 +21,7 @@ from gateway.responses_render import ResponseBuilder, ResponseFrames, in_its_nam
 from gateway.submission import chosen_id, say_watched, submit
 from shared import metrics
 from shared.archive import OUTBOX_SECONDS
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.tasks import stop
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ async def retrieve(response_id: str, request: Request) -> Response:
         return await patiently(lambda: _resume(services, response_id, owner, request))
     record = await _stored(services, response_id, owner)
     if _starting_after(request) >= 0:
-        raise UnbrokenError(
-            "invalid_value", "'starting_after' needs 'stream=true'.", "starting_after"
-        )
+        raise invalid("starting_after", "needs 'stream=true'")
     return _json(response_id, await _as_it_stands(services, response_id, record))
 
 
@@ -159,7 +157,7 @@ def _not_found() -> UnbrokenError:
 def _flag(request: Request, name: str) -> bool:
     value = request.query_params.get(name, "false").lower()
     if value not in ("true", "false", "1", "0"):
-        raise UnbrokenError("invalid_value", f"'{name}' must be true or false.", name)
+        raise invalid(name, "must be true or false")
     return value in ("true", "1")
 
 
@@ -169,9 +167,7 @@ def _starting_after(request: Request) -> int:
     if not values:
         return -1
     if len(values) > 1 or not re.fullmatch(r"[0-9]{1,12}", values[0]):
-        raise UnbrokenError(
-            "invalid_value", "'starting_after' must be a sequence number.", "starting_after"
-        )
+        raise invalid("starting_after", "must be a sequence number")
     return int(values[0])
 
 

@@ -63,7 +63,7 @@ def parse_response(body: Any, settings: GatewaySettings) -> ChatRequest:
     if not isinstance(body, dict):
         raise UnbrokenError("invalid_request", "The request body must be a JSON object.")
     if "input" not in body:
-        raise UnbrokenError("invalid_value", "'input' is required.", "input")
+        raise invalid("input", "is required")
     _refuse_unsupported(body)
     asked = validate(ResponsesRequest, body)
     if asked.background and asked.store is False:
@@ -162,9 +162,7 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
             raise unsupported(param)
     _refuse_options(body)
     if body.get("stream_options") is not None and not body.get("stream"):
-        raise UnbrokenError(
-            "invalid_value", "'stream_options' needs 'stream': true.", "stream_options"
-        )
+        raise invalid("stream_options", "needs 'stream': true")
 
 
 def _refuse_options(body: dict[str, Any]) -> None:
@@ -182,7 +180,7 @@ def _refuse_options(body: dict[str, Any]) -> None:
 def _object(body: dict[str, Any], param: str) -> dict[str, Any]:
     value = body.get(param)
     if value is not None and not isinstance(value, dict):
-        raise UnbrokenError("invalid_value", f"'{param}' must be an object.", param)
+        raise invalid(param, "must be an object")
     return value or {}
 
 
@@ -201,7 +199,7 @@ def _messages(asked: ResponsesRequest) -> tuple[Message, ...]:
         else:
             messages.append(one)
     if not messages:
-        raise UnbrokenError("invalid_value", "'input' holds no message.", "input")
+        raise invalid("input", "holds no message")
     if asked.instructions:
         messages.insert(0, Message("system", (TextPart(asked.instructions),)))
     return tuple(messages)
@@ -223,7 +221,5 @@ def _item(item: dict[str, Any], where: str) -> Message | None:
         raise unsupported(f"{where}.type", f"'{shown}' is not supported")
     if item.get("role") not in ROLES:
         roles = ", ".join(ROLES)
-        raise UnbrokenError(
-            "invalid_value", f"'{where}.role' must be one of {roles}.", f"{where}.role"
-        )
+        raise invalid(f"{where}.role", f"must be one of {roles}")
     return message(item, where)

@@ -15,7 +15,7 @@ from gateway import meter
 from gateway.fit import check_fits, with_defaults
 from gateway.limits import cost
 from shared.archive import ArchiveError
-from shared.errors import UnbrokenError
+from shared.errors import UnbrokenError, invalid
 from shared.queue import Submission
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _choose(ready: list[WorkerInfo], model: str | None, services: Services) -> W
     named = next((worker for worker in ready if worker.model == model), None)
     if named is None and services.settings.strict_model:
         if not model:
-            raise UnbrokenError("invalid_value", "'model' is required.", "model")
+            raise invalid("model", "is required")
         raise UnbrokenError("model_not_found", "No worker serves this model.", "model")
     return named or ready[0]
 
