@@ -8,27 +8,17 @@ import time
 
 import jsonschema
 import pytest
-import torch
 
 from gateway.json_schema import MAX_OPTIONAL, check_schema
 from shared.errors import UnbrokenError
-from tests.engine_kit import Driver, Engine, config
+from tests.engine_kit import Driver, Engine
 from tests.grammar_kit import ONE, calls, content, form, prompt, run, sampling
 from worker.child import ChildDied, ChildTimeout
 from worker.engine.engine import GRAMMAR_FAILED, LOG_FAILED
-from worker.engine.loader import load
 from worker.engine.messages import AnswerForm
 from worker.forms import FormChecker
 
 pytestmark = pytest.mark.timeout(120)  # two hundred answers, where others compute too
-
-
-@pytest.fixture(scope="module")
-def loaded(demo_model):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the engine's process does: two wait for each other, on one row
-    yield load(config(demo_model), lambda *_: None)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

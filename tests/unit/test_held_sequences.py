@@ -6,27 +6,17 @@ import threading
 import time
 
 import pytest
-import torch
 
-from tests.engine_kit import Driver, Engine, config
+from tests.engine_kit import Driver, Engine
 from tests.grammar_kit import ONE, content, form, heavy, prompt, run, sampling
 from worker.engine import grammars, holding
 from worker.engine.grammars import LONG_CHARACTERS, THREADS, Compilation
-from worker.engine.loader import load
 from worker.engine.messages import Abort, Cancel, Limits
 
 pytestmark = pytest.mark.timeout(120)  # compiling in earnest, where others compute too
 
 FREE = sampling(max_tokens=150, ignore_eos=True)
 SHORT = sampling(max_tokens=15)
-
-
-@pytest.fixture(scope="module")
-def loaded(demo_model):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load(config(demo_model), lambda *_: None)
-    torch.set_num_threads(threads)
 
 
 class Gate:

@@ -6,25 +6,15 @@ import threading
 import time
 
 import pytest
-import torch
 
-from tests.engine_kit import Driver, Engine, config
+from tests.engine_kit import Driver, Engine
 from tests.grammar_kit import form, prompt, run, sampling
 from worker.engine import holding
 from worker.engine.engine import GRAMMAR_FAILED
-from worker.engine.loader import load
 from worker.engine.masks import Masks
 from worker.engine.messages import Abort
 
 pytestmark = pytest.mark.timeout(120)  # compiling in earnest, where others compute too
-
-
-@pytest.fixture(scope="module")
-def loaded(demo_model):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load(config(demo_model), lambda *_: None)
-    torch.set_num_threads(threads)
 
 
 def test_a_late_mask_holds_nobody_else(loaded, monkeypatch):

@@ -6,14 +6,12 @@ import json
 
 import jsonschema
 import pytest
-import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from tests.engine_kit import Engine, config
+from tests.engine_kit import Engine
 from tests.grammar_kit import ONE, called, offered, prompt, run, sampling
 from worker import grammar
 from worker.engine.constraint import Tokens
-from worker.engine.loader import load
 from worker.engine.outfit import outfit
 from worker.engine.sequence import Sequence
 
@@ -22,14 +20,6 @@ pytestmark = pytest.mark.timeout(120)
 LOOK = '<tool_call>\n{"name": "look", "arguments": {"at": "x", "n": '
 NOW = LOOK.replace("look", "now")
 NEEDLESS = "<tool_call> what"  # a call of nothing
-
-
-@pytest.fixture(scope="module")
-def loaded(demo_model):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load(config(demo_model), lambda *_: None)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
