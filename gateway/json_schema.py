@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from gateway.schema_width import width
 from shared.errors import invalid
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ MAX_ALL_NODES = 8 * MAX_NODES
 
 MAX_ENUM = 1000
 
-MAX_OPTIONAL = 400
-"""Properties of one object that may be left out: with some 500 the matcher gives up, since any of
-them may come next."""
+MAX_WIDTH = 500
+"""Branches that may be open at one place of an answer (`schema_width.width`): properties that may
+come next, in all alternatives together. The worker's matchers (worker/grammar.py) bear it."""
 
 WHITESPACE = r"\n?[ ]{0,16}"
 """Between two tokens of JSON: enough to indent, and not so much that a model loses itself in it."""
@@ -95,8 +96,9 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
     """Return a schema's JSON text, as the worker's compiler takes it.
 
     Raises:
-        UnbrokenError: `invalid_value`, where it is too large (alone, or for the request's budget)
-            or too deep, or where no finite document follows it because it contains itself.
+        UnbrokenError: `invalid_value`, where it is too large (alone, or for the request's budget),
+            too deep or too wide, or where no finite document follows it because it contains
+            itself.
     """
     nodes = _count(schema, where)
     text = json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
@@ -105,6 +107,13 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
     (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))
     if not _ends(schema):
         raise invalid(where, "contains itself without an end")
+    branches = width(schema, lambda ref: _target(ref, schema))
+    if branches > MAX_WIDTH:
+        raise invalid(
+            where,
+            f"leaves up to {branches} alternatives and optional properties open at one place of an "
+            f"answer; the limit is {MAX_WIDTH}",
+        )
     return text
 
 
@@ -126,7 +135,6 @@ def _count(schema: Any, where: str) -> int:
                 if isinstance(target, str) and not target.startswith("#"):
                     raise invalid(where, "has a '$ref' that leads out of it: nothing is fetched")
                 below += node.values()
-                _check_width(node, where)
                 values = node.get("enum")
                 if isinstance(values, list) and len(values) > MAX_ENUM:
                     raise invalid(where, f"has an enum of more than {MAX_ENUM} values")
@@ -134,16 +142,6 @@ def _count(schema: Any, where: str) -> int:
                 below += node
         level = [node for node in below if isinstance(node, (dict, list))]
     return nodes
-
-
-def _check_width(node: dict[str, Any], where: str) -> None:
-    properties, required = node.get("properties"), node.get("required")
-    if not isinstance(properties, dict) or len(properties) <= MAX_OPTIONAL:
-        return
-    names = required if isinstance(required, list) else []
-    needed = {name for name in names if isinstance(name, str)} & properties.keys()
-    if len(properties) - len(needed) > MAX_OPTIONAL:
-        raise invalid(where, f"has an object with more than {MAX_OPTIONAL} optional properties")
 
 
 class _Gate:

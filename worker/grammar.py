@@ -14,10 +14,35 @@ from worker.engine.messages import AnswerForm
 from worker.tools import PARSERS
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_ITEMS, MOST_ITEMS_AHEAD = 8_000, 2_000_000
+"""What a matcher may follow at one place of an answer, and in all that one mask looks ahead at. It
+takes some four for each branch that a schema leaves open, which the gateway bounds."""
+
+MOST_FUEL = 5_000_000
+"""What the matcher's lexer may spend for one mask: 0.4 s, where the answer's patterns are hard."""
 
 AFTER_THOUGHT = r"/\n{0,2}/"
 """What stands between `</think>` and the answer; it is not shown."""
+
+
+def matcher(text: str, tokenizer: LLTokenizer) -> LLMatcher:
+    """Compile a grammar; returns its matcher, which may be one that has given up already.
+
+    On trial and in earnest its bounds are the same. They are wider than the library's own, which a
+    vocabulary of 150,000 tokens can exceed where one of bytes does not: in the middle of an answer
+    a slow mask is better than none.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_items_in_row=MOST_ITEMS,
+        step_max_items=MOST_ITEMS_AHEAD,
+        step_lexer_fuel=MOST_FUEL,
+        verbose_errors=False,
+    )
+    return LLMatcher(tokenizer, text, log_level=0, limits=limits)
 
 
 def quoted(text: str) -> str:
@@ -51,7 +76,7 @@ def build(form: AnswerForm, quote: Callable[[str], str] = quoted, *, thinking: b
 
 
 def openings(form: AnswerForm) -> list[str]:
-    """Return what answers may begin with, up to where each object of the form has been opened.
+    """Return what answers may begin with, up to where each schema of the form has been met.
 
     Of a `lazy` form it is what follows the tag. Only those that the form allows count.
     """
@@ -69,19 +94,18 @@ def create() -> Callable[[AnswerForm], None]:
 
     The check raises `UnbrokenError` (`invalid_value`), with the compiler's reason.
     """
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLTokenizer
 
-    limits = LLParserLimits(verbose_errors=False)
     tokenizer = LLTokenizer("byte")
 
     def check(form: AnswerForm) -> None:
         param = "response_format" if form.schema else "tools"
-        start = LLMatcher(tokenizer, build(form), log_level=0, limits=limits)
+        start = matcher(build(form), tokenizer)
         for opening in ("", *openings(form)):
-            matcher = _behind(start, tokenizer.tokenize_str(opening))
-            if matcher.is_error():
+            there = _behind(start, tokenizer.tokenize_str(opening))
+            if there.is_error():
                 raise UnbrokenError(
-                    "invalid_value", f"'{param}' cannot be followed: {_reason(matcher)}", param
+                    "invalid_value", f"'{param}' cannot be followed: {_reason(there)}", param
                 )
 
     return check
@@ -89,15 +113,15 @@ def create() -> Callable[[AnswerForm], None]:
 
 def _behind(start: LLMatcher, tokens: list[int]) -> LLMatcher:
     """Return a matcher that has computed what comes behind these tokens, if they may come."""
-    matcher = start.deep_copy()
-    if not matcher.is_error() and matcher.validate_tokens(tokens) == len(tokens):
-        matcher.consume_tokens(tokens)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-    return matcher
+    there = start.deep_copy()
+    if not there.is_error() and there.validate_tokens(tokens) == len(tokens):
+        there.consume_tokens(tokens)
+        if not there.is_error():
+            there.compute_bitmask()
+    return there
 
 
-def _reason(matcher: LLMatcher) -> str:
+def _reason(there: LLMatcher) -> str:
     """Return the compiler's message without where in the grammar that is."""
-    message = str(matcher.get_error()).splitlines()[0]
+    message = str(there.get_error()).splitlines()[0]
     return message.rpartition("failed to compile JSON schema: ")[2][:300]

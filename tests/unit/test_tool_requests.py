@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 
-from gateway.json_schema import MAX_OPTIONAL
+from gateway.json_schema import MAX_WIDTH
 from gateway.openai import parse_chat
 from gateway.render import ChunkRenderer, CompletionBuilder, call_identity
 from gateway.sse import Frames
@@ -100,7 +100,7 @@ def wide(optional, needed=0):
             "response_format.json_schema.schema",
         ),
         (
-            {"response_format": form({"items": wide(MAX_OPTIONAL + 1)})},
+            {"response_format": form({"items": wide(MAX_WIDTH)})},
             "response_format.json_schema.schema",
         ),
         (
@@ -162,7 +162,7 @@ RECURSIVE = [
 
 def test_only_optional_properties_are_counted():
     """An object with many properties is refused for those that may be left out."""
-    assert chat(response_format=form(wide(MAX_OPTIONAL, 1000))).generation.schema
+    assert chat(response_format=form(wide(MAX_WIDTH - 1, 1000))).generation.schema
     assert chat(response_format=form(wide(0, 1500))).generation.schema
 
 

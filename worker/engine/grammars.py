@@ -10,6 +10,8 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from worker import grammar
+
 THREADS, LONG_THREADS = 4, 2
 """How many short and long ones are compiled at once: heavy ones do not keep light ones waiting."""
 
@@ -81,10 +83,7 @@ class Compilation:
         return self._compile(tokenizer)
 
     def _compile(self, tokenizer: Any) -> Any:
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(tokenizer, self.text, log_level=0, limits=limits)
+        matcher = grammar.matcher(self.text, tokenizer)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first one is the slowest, and may be one too many
         return matcher
