@@ -85,7 +85,7 @@ def openings(form: AnswerForm) -> list[str]:
         parser = PARSERS[form.tools]
         skipped = len(parser.opening) if form.lazy else 0
         names = form.strict if form.lazy else [name for name, _ in form.functions]
-        texts += [parser.opened(name)[skipped:] + "{" for name in names]
+        texts += [parser.opened(name)[skipped:] for name in names]
     return texts
 
 

@@ -186,16 +186,16 @@ class Detokenizer:
             start, end = self._sorted, self._sorted + found.size
             if found.kind == "text":
                 self._show("content", end)
-            elif found.kind == "arguments":
+            elif found.kind == "arguments" and not found.arguments:
                 self._show_call(start, end)
             else:
-                self._join(start, end)
+                self._join(start, end + found.ahead)
                 if found.kind == "call":
                     self._open_call(found, start, end)
+                elif found.arguments:
+                    self._show_call(start, end, found.arguments)
                 self._sorted = self._clear = end
-                closed = found.kind == "end" or found.arguments
-                if closed and self.calls >= self._max_calls:
-                    self.stopped = True
+                self.stopped = found.closes and self.calls >= self._max_calls
             if self.stopped:
                 return
 
@@ -208,12 +208,15 @@ class Detokenizer:
         else:
             self._runs.append(_Run("content", end, end, call))
 
-    def _show_call(self, start: int, end: int) -> None:
-        """Make text part of the call that is open; stop strings do not count there."""
-        if self._runs and self._runs[-1].call and self._runs[-1].end == start:
-            self._runs[-1].end = end
+    def _show_call(self, start: int, end: int, whole: str | None = None) -> None:
+        """Make text part of the open call, or `whole` instead; stop strings do not count there."""
+        last = self._runs[-1] if self._runs else None
+        if last and last.call and last.end == start and last.whole is whole is None:
+            last.end = end
         else:
-            self._runs.append(_Run("content", start, end, Call(self.calls - 1)))
+            opened = last and last.call and last.start == last.end == start  # has the name
+            call = self._runs.pop().call if opened else Call(self.calls - 1)
+            self._runs.append(_Run("content", start, end, call, whole))
         self._sorted = self._clear = end
 
     def _open_thought(self, *, final: bool) -> bool:
@@ -299,12 +302,11 @@ class Detokenizer:
             start = end
         if final and ids:
             if not pieces:
-                channel: Channel = "reasoning" if self._state == "thought" else "content"
-                pieces.append((_Run(channel, 0, 0), [], []))
+                pieces.append((_Run("reasoning" if self.thinking else "content", 0, 0), [], []))
             pieces[-1][1].extend(ids)
             ids = []
-        if self.marks and ids:  # they stay, and are marked again
-            del self.marks[-len(ids) :]
+        if self.marks and ids:
+            del self.marks[-len(ids) :]  # they stay, and are marked again
         self._forget(start, ids)
         return [
             Piece(tuple(ids), "".join(texts), run.channel, call=run.call)

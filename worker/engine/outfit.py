@@ -28,7 +28,7 @@ def outfit(sequence: Sequence, tokenizer: Any, tokens: Tokens) -> None:
         prompt.thinking,
         sampling.min_tokens,
         sampling.stop_token_ids,
-        PARSERS[form.tools]() if form.tools else None,
+        PARSERS[form.tools](form.functions) if form.tools else None,
         sys.maxsize if form.parallel else 1,
     )
     constraint = Constraint(sequence, tokens)

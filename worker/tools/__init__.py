@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from worker.tools.parser import ToolParser
 from worker.tools.qwen import QwenToolParser
+from worker.tools.qwen_xml import QwenXmlToolParser
 
-PARSERS: dict[str, type[ToolParser]] = {"qwen": QwenToolParser}
+PARSERS: dict[str, type[ToolParser]] = {"qwen": QwenToolParser, "qwen-xml": QwenXmlToolParser}
 
 
 def parser_for(template: str) -> str:

@@ -12,26 +12,40 @@ from typing import Literal
 class Found:
     """What the next `size` characters of an answer are.
 
-    `text` is shown as it is; `markup` is not shown; `arguments` are shown as part of the open call.
-    `call` is not shown either: it opens a call of `name`, whose arguments follow as such; where
+    `text` is shown as it is; `markup` is not shown; `arguments` are shown as part of the open call,
+    as they are, or as the field `arguments` has them. `call` is not shown either: it opens a call
+    of `name`, whose arguments follow as such, the first of them from the same text; where
     `arguments` is set, these are all of them, and the call is closed. `end` is markup that closes
-    an open one.
+    an open one, with `arguments` as the last of them. It would be text without the `ahead`
+    characters behind it, so it has to be logged with them.
     """
 
     kind: Literal["text", "markup", "call", "arguments", "end"]
     size: int
     name: str = ""
     arguments: str = ""
+    ahead: int = 0
+
+    @property
+    def closes(self) -> bool:
+        """Whether it is the end of a call."""
+        return self.kind == "end" or (self.kind == "call" and bool(self.arguments))
 
 
 class ToolParser(ABC):
     """Reads one answer. What was found depends on the text alone, not on how it came in pieces.
+
+    Args:
+        functions: names, and JSON Schemas of arguments as texts, of those that may be called.
 
     Attributes:
         opening: the tag that a call begins with.
     """
 
     opening: str
+
+    @abstractmethod
+    def __init__(self, functions: Sequence[tuple[str, str]] = ()) -> None: ...
 
     @staticmethod
     @abstractmethod
@@ -65,7 +79,7 @@ class ToolParser(ABC):
     @staticmethod
     @abstractmethod
     def opened(name: str) -> str:
-        """Return a call of a function from its opening tag to where its arguments begin."""
+        """Return a call of a function from its opening tag to where its arguments have begun."""
 
     @abstractmethod
     def read(self, text: str, *, final: bool) -> Iterator[Found]:

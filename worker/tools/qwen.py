@@ -34,7 +34,7 @@ class QwenToolParser(ToolParser):
 
     opening = OPEN
 
-    def __init__(self) -> None:
+    def __init__(self, functions: Sequence[tuple[str, str]] = ()) -> None:  # noqa: ARG002
         self._state: Literal["text", "arguments", "tail"] = "text"
         self._depth = 0
         self._in_string = self._escaped = False
@@ -65,7 +65,7 @@ class QwenToolParser(ToolParser):
     @staticmethod
     def opened(name: str) -> str:
         """Return what a call of a function begins with: see `ToolParser.opened`."""
-        return OPEN + _head(name)
+        return OPEN + _head(name) + "{"
 
     @staticmethod
     def call_grammar(
@@ -120,7 +120,7 @@ class QwenToolParser(ToolParser):
         name = _string(head.group(1)) if head else None
         if head and name:
             self._state = "arguments"
-            return Found("call", head.end(), name)
+            return Found("call", head.end(), name, ahead=1)
         end = text.find(CLOSE, 0, HELD_MOST)
         if end >= 0:
             whole = _object(text[len(OPEN) : end])
