@@ -39,7 +39,10 @@ Body = TypeVar("Body", bound=BaseModel)
 MAX_BIASES = 1024
 """Entries of `logit_bias`: each costs every step of the batch that the request is in."""
 
-SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+INT64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What fits the numbers that go to the worker, and from there to the engine."""
+
+MAX_STOP_TOKENS = 1024
 
 
 class StreamOptions(BaseModel):
@@ -58,11 +61,11 @@ class GenerationBody(BaseModel):
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**63)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: SEED | None = None
+    seed: INT64 | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[INT64] | None = Field(default=None, max_length=MAX_STOP_TOKENS)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)

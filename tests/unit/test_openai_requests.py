@@ -98,6 +98,16 @@ def test_the_digest_is_of_the_meaning():
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"seed": 2**70}, "seed"),
+        ({"top_k": 2**70}, "top_k"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": list(range(1025))}, "stop_token_ids"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": 5}}, "stream_options.include_usage"),
         ({"logprobs": 5}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": 3, "logprobs": False}, "top_logprobs"),
@@ -166,8 +176,30 @@ def test_bad_parts_are_400_and_say_where(part, code, param):
 def test_ignored_fields_and_unknown_keys_pass():
     """Fields documented as ignored change nothing."""
     plain = chat()
-    noisy = chat(user="u", metadata={"a": "b"}, store=True, service_tier="auto", whatever=1)
+    noisy = chat(
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+        service_tier="auto",
+        prompt_cache_key="k",
+        safety_identifier="s",
+        verbosity="low",
+        whatever=1,
+    )
     assert plain.digest == noisy.digest
+    url = f"data:image/png;base64,{PIXEL}"
+    exact, rough = (
+        parts({"type": "image_url", "image_url": {"url": url, **more}})
+        for more in ({"detail": "high"}, {})
+    )
+    assert exact == rough
+
+
+def test_text_comes_under_either_name():
+    """A text part is the same as `text` and as `input_text`, and as the content itself."""
+    whole = chat(messages=[{"role": "user", "content": "hi"}]).generation.messages[0].parts
+    assert parts({"type": "text", "text": "hi"}) == whole
+    assert parts({"type": "input_text", "text": "hi"}) == whole
 
 
 def test_logit_bias_is_part_of_the_digest_whatever_its_order():
