@@ -79,6 +79,7 @@ class WorkerSettings(SharedSettings):
     prefix_cache_bytes: int = Field(default=512 * 2**20, ge=0)
     prefill_chunk_tokens: int = Field(default=512, ge=16)
     exact: Literal["auto", "0", "1"] = "auto"
+    cuda_graphs: Literal["auto", "0"] = "auto"
     max_attempts: int = Field(default=3, ge=1)
     step_timeout_seconds: float = Field(default=120, gt=0)
     status_file: str = ""

@@ -245,6 +245,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         ),
         exact={"auto": None, "0": False, "1": True}[settings.exact],
         log_level=settings.log_level,
+        graphs=settings.cuda_graphs == "auto",
         pace_seconds=1 / settings.max_steps_per_second if settings.max_steps_per_second else 0.0,
     )
 

@@ -36,10 +36,11 @@ class Tokens:
         close_ids: the tokens that end a thought.
         eos_ids: the tokens that end a sequence.
         grammars: compiled for this tokenizer; None where there are none.
+        vocab_size: the width of the logits.
     """
 
     def __init__(self, loaded: LoadedModel, vocab_size: int) -> None:
-        self.eos_ids = sorted(loaded.eos_ids)
+        self.eos_ids, self.vocab_size = sorted(loaded.eos_ids), vocab_size
         self.close_ids: list[int] = loaded.tokenizer.encode(CLOSE, add_special_tokens=False)
         self._tokenizer = self._make(loaded, vocab_size)
         self.grammars = Grammars(self._tokenizer) if self._tokenizer else None

@@ -40,7 +40,8 @@ class Decode:
         """
         going, parts = list[Sequence](), list[Tensor]()
         failures = list[Failure]()
-        for group in neighbours(rows, apart=self._runner.replay):
+        whole = [rows] if rows else []
+        for group in whole if self._runner.bucketed else neighbours(rows, apart=self._runner.apart):
             try:
                 self._runner.reserve(self._scheduler.live)
                 parts.append(self._runner.decode(group))

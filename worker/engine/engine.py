@@ -8,38 +8,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shared.errors import UnbrokenError
 from shared.protocol import CancelReason, FinishReason
-from worker.engine.budget import bound
+from worker.engine.ahead import Ahead
 from worker.engine.constraint import Tokens
 from worker.engine.decode import Decode
 from worker.engine.drawing import Drawer
 from worker.engine.holding import Holding
-from worker.engine.loader import LoadedModel, LoadError
+from worker.engine.loader import LoadedModel
 from worker.engine.logprobs import attach
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
-from worker.engine.model_runner import ModelRunner, UnsupportedModelError, lacks_memory
-from worker.engine.outfit import outfit
+from worker.engine.model_runner import lacks_memory
+from worker.engine.outfit import FAILED, LOG_FAILED, prepare
 from worker.engine.prefill import Fresh, Prefill
 from worker.engine.prefix_cache import PrefixCache
+from worker.engine.runner_setup import build_runner
 from worker.engine.sampler import BAD_ROW
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
-from worker.engine.stopping import build_stopping, finish_reason
+from worker.engine.stopping import finish_reason
 
 log = logging.getLogger("unbroken.engine")
 
-FAILED = "generation_failed"
 NO_MEMORY = "There is not enough memory to go on with this sequence."
 DECODE_FAILED = "The model could not compute the next token."
 PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
-LOG_FAILED = "The answer so far does not follow its format."
 GRAMMAR_FAILED = "The answer's format has become too complex to be followed."
 TEXT_FAILED = "The next token could not be turned into text."
 
@@ -65,24 +63,17 @@ class Engine:
         on_busy: Callable[[tuple[int, ...]], None] = lambda _: None,
         limits: Limits = LIMITS,
     ) -> None:
-        self.loaded, self._on_busy = loaded, on_busy
-        try:
-            self.runner = ModelRunner(
-                loaded.model, max_batch_size, loaded.context_length, replay=loaded.replay
-            )
-            self.runner.verify()
-        except UnsupportedModelError as error:
-            log.exception("the model cannot be batched")
-            raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
+        self._on_busy = on_busy
+        self.runner, self.loaded = build_runner(loaded, max_batch_size, limits)
         self.drawer = Drawer(self.runner.vocab_size, self.runner.device, loaded.tokenizer)
         self.holding = Holding(self.drawer.masks)
         self.tokens = Tokens(loaded, self.runner.vocab_size)
-        self.loaded = replace(loaded, context_length=bound(self.runner.cache, limits, loaded))
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
         self.prefixes = PrefixCache(self.runner.cache, limits.row_bytes)
         self.runner.encoded.max_bytes = limits.encoder_bytes
         self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
         self.decode = Decode(self.runner, self.scheduler)
+        self.ahead = Ahead(self.runner, self.scheduler)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
         self._batch = 0
@@ -127,7 +118,9 @@ class Engine:
         trial = next((s for s in running if s.trial), None)
         self.drawer.masks.begin(self.scheduler.live)
         fresh = [] if trial else self._prefill()
-        rows, logits = self._decode(self._rows(trial, fresh) if decode else [])
+        rows = self._rows(trial, fresh) if decode else []
+        rows, flying = self._fly(rows) if decode else (rows, 0)
+        rows, logits = self._decode(rows)
         if fresh:
             rows = [*rows, *(one.sequence for one in fresh)]
             parts = [one.logits for one in fresh]
@@ -136,8 +129,8 @@ class Engine:
             trial.trial = trial.replays
             self._on_busy(())
         if decode:
-            self._batch = len(rows)
-        worked = rows or self.scheduler.prefilling
+            self._batch = len(rows) + flying
+        worked = rows or flying or self.scheduler.prefilling
         rows, logits = self.holding.sift(rows, logits, turn=decode)
         # No token comes soon with which those would end that were cancelled before they were held.
         ended = [s for s in self.holding.parked if s.handle in self.cancelled]
@@ -145,12 +138,8 @@ class Engine:
             self._finish(sequence, ())
         if rows:
             tokens = self.drawer.draw(logits, rows)
-            views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
-            drawn = zip(rows, tokens, views, strict=True)
-            ended += [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
-        # From the last row down: a row that ends too is not moved first.
-        for sequence in sorted(ended, key=lambda s: s.slot, reverse=True):
-            self._remove(sequence)
+            ended += self._take_in(rows, tokens)
+        self._remove_all(ended)
         if decode and not (worked or rows or ended):
             self.holding.idle()
         outputs, self._outputs = tuple(self._outputs), []
@@ -177,7 +166,7 @@ class Engine:
             return
         try:
             self.drawer.sampler.check(sequence.sampling)
-            if not self._prepare(sequence):
+            if not prepare(sequence, self.loaded.tokenizer, self.tokens, self.cancelled):
                 self.scheduler.add(sequence)
                 self.holding.watch(sequence)
                 return
@@ -188,20 +177,6 @@ class Engine:
             log.exception("a sequence could not be set up")
             self._fail(sequence, FAILED, PREFILL_FAILED)
         self.holding.forget(sequence)
-
-    def _prepare(self, sequence: Sequence) -> bool:
-        """Give a sequence its criteria and detokenizer; return whether it has ended already."""
-        ids = (*sequence.prompt_ids, *sequence.output_ids)
-        if not ids or min(ids) < 0 or max(ids) >= self.runner.vocab_size:
-            raise ValueError("token ids outside the vocabulary")
-        sequence.stopping = build_stopping(sequence, self.cancelled)
-        outfit(sequence, self.loaded.tokenizer, self.tokens)
-        if not sequence.output_ids:
-            return False
-        done = bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
-        if not done and sequence.constraint and sequence.constraint.failed:
-            raise UnbrokenError(FAILED, LOG_FAILED)
-        return done
 
     def _settle(self) -> None:
         """See what grammars that have come now say of what their sequences have so far."""
@@ -247,6 +222,17 @@ class Engine:
         going = running[: len(running) - len(fresh)]
         return [sequence for sequence in going if not self.holding.has(sequence)]
 
+    def _fly(self, rows: list[Sequence]) -> tuple[list[Sequence], int]:
+        """Begin the rows' next step, where it can run ahead, and take the last one's tokens in.
+
+        Returns:
+            Those that are to be decoded here, and how many rows are on their way.
+        """
+        landed, flying = self.ahead.turn(rows)
+        if landed:
+            self._remove_all(self._take_in(*map(list, zip(*landed, strict=True))))
+        return [] if flying else [row for row in rows if row.slot >= 0], flying
+
     def _decode(self, rows: list[Sequence]) -> tuple[list[Sequence], Tensor | None]:
         """Compute the rows' next logits; return the rows that have some, and `[B, V]`.
 
@@ -270,8 +256,15 @@ class Engine:
             self._remove(newest)
         else:
             log.warning("memory is short: a sequence waits", extra={"running": len(rows)})
+            self.ahead.forget(newest)
             self._close_gap(self.scheduler.put_back(newest))
         torch.cuda.empty_cache()  # without CUDA it does nothing
+
+    def _take_in(self, rows: list[Sequence], tokens: list[int]) -> list[Sequence]:
+        """Add a token to each sequence; return those that it ends."""
+        views = torch.tensor(tokens)[:, None].split(1)  # what criteria take: [1, L]
+        drawn = zip(rows, tokens, views, strict=True)
+        return [sequence for sequence, *new in drawn if self._advance(sequence, *new)]
 
     def _advance(self, sequence: Sequence, token: int, view: Tensor) -> bool:
         """Add a token to a sequence and say what it released; return whether that was its last."""
@@ -335,11 +328,17 @@ class Engine:
             )
         )
 
+    def _remove_all(self, sequences: list[Sequence]) -> None:
+        # From the last row down: a row that ends too is not moved first.
+        for sequence in sorted(sequences, key=lambda s: s.slot, reverse=True):
+            self._remove(sequence)
+
     def _remove(self, sequence: Sequence) -> None:
         """Take a sequence out of queue or batch, and close the gap its row leaves."""
         if sequence in self.scheduler.prefilling:
             self.runner.scrub(sequence.slot)  # nobody has looked at its numbers yet
         self.holding.forget(sequence)
+        self.ahead.forget(sequence)
         self._close_gap(self.scheduler.remove(sequence))
         self.cancelled.pop(sequence.handle, None)
 

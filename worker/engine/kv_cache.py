@@ -74,18 +74,21 @@ class SlotLayer(CacheLayerMixin):
 
     def _prefill(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         segments, at = self.plan.segments, 0
-        for row, start, count in segments:
-            end = start + count
-            self.keys[row, :, start:end] = key_states[0, :, at : at + count]
-            self.values[row, :, start:end] = value_states[0, :, at : at + count]
+        rows = [self.row(row, start + count) for row, start, count in segments]
+        for (keys, values), (_, start, count) in zip(rows, segments, strict=True):
+            keys[:, start:] = key_states[0, :, at : at + count]
+            values[:, start:] = value_states[0, :, at : at + count]
             at += count
         if not any(start for _, start, _ in segments):
             return key_states, value_states
-        keys = [self.keys[row, :, : start + count] for row, start, count in segments]
-        values = [self.values[row, :, : start + count] for row, start, count in segments]
         if len(segments) == 1:
-            return keys[0][None], values[0][None]
-        return torch.cat(keys, dim=1)[None], torch.cat(values, dim=1)[None]
+            return rows[0][0][None], rows[0][1][None]
+        all_keys, all_values = zip(*rows, strict=True)
+        return torch.cat(all_keys, dim=1)[None], torch.cat(all_values, dim=1)[None]
+
+    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return views of a row's first tokens, `[kv heads, length, dim]`."""
+        return self.keys[row, :, :length], self.values[row, :, :length]
 
     def get_seq_length(self) -> int:
         """Tokens in the longest running row before this step."""
@@ -148,10 +151,13 @@ class SlotCache(Cache):
         max_tokens: most tokens that all rows may have room for together; None for no bound.
     """
 
+    layer_type: type[SlotLayer] = SlotLayer
+    plan_type: type[SlotPlan] = SlotPlan
+
     def __init__(self, layers: int, max_rows: int, max_capacity: int) -> None:
-        self.plan = SlotPlan(max_rows, max_capacity)
+        self.plan = self.plan_type(max_rows, max_capacity)
         self.max_tokens: int | None = None
-        super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
+        super().__init__(layers=[self.layer_type(self.plan) for _ in range(layers)])
 
     @property
     def token_bytes(self) -> int:

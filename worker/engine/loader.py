@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from worker.engine.bucketed import BucketOptions, best_options
 from worker.engine.defaults import longest_token, sampling_defaults
 from worker.engine.memory import available_memory
 from worker.engine.messages import EngineConfig
@@ -65,6 +66,7 @@ class LoadedModel:
     fingerprint: str
     exact: bool = True
     replay: bool = False
+    bucketed: BucketOptions | None = None
     defaults: dict[str, float] = field(default_factory=dict)
     token_bytes: int = 0
 
@@ -193,10 +195,8 @@ def _dtype(config: EngineConfig, model_config: PreTrainedConfig) -> torch.dtype:
 
 def _stored_dtype(model_config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype of the checkpoint's weights as its configuration states it."""
-    for part in (model_config, model_config.get_text_config()):
-        if isinstance(part.dtype, torch.dtype):
-            return part.dtype
-    return torch.float32
+    stated = (part.dtype for part in (model_config, model_config.get_text_config()))
+    return next((dtype for dtype in stated if isinstance(dtype, torch.dtype)), torch.float32)
 
 
 def _check_memory(
@@ -315,6 +315,7 @@ def _describe(
         fingerprint=" | ".join(parts),
         exact=alike or wanted,
         replay=wanted and not alike,
+        bucketed=best_options(model, exact=wanted) if config.graphs else None,
         defaults=sampling_defaults(model.generation_config),
         token_bytes=longest_token(tokenizer),
     )

@@ -57,6 +57,7 @@ class EngineConfig:
     log_level: str = "INFO"
     pace_seconds: float = 0.0  # a step takes no less, where people shall watch
     limits: Limits = LIMITS
+    graphs: bool = True  # on a GPU, decode in compiled and recorded steps
 
 
 @dataclass(frozen=True)

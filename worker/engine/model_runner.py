@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence as Rows
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from shared.protocol import SamplingParams
+from worker.engine.bucketed import BucketedDecode, BucketOptions
 from worker.engine.decode_step import DecodeStep
 from worker.engine.encoder_cache import EncoderCache
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
 from worker.engine.sequence import TOKEN_KINDS, Chunk, Sequence
+from worker.engine.token_pool import PooledCache
+from worker.engine.transfer import Pending
 
 PROBE_IDS = (3, 7, 11, 5, 9, 4, 8)
 # Largest relative difference between a batched decode and the model's own forward. Half precision
@@ -42,6 +46,11 @@ class ModelRunner:
         context_length: most tokens of a sequence.
         replay: decode each sequence by itself, and feed the tokens of a continued one through the
             decode step once more: a batch, or a prefill, would round otherwise.
+        bucketed: how to decode in steps of fixed shapes, over a pooled cache; None: in steps of
+            the batch's own shape, over a slot cache.
+
+    Attributes:
+        bucketed: those steps; None: there are none.
 
     Raises:
         UnsupportedModelError: the model has layers other than plain full attention.
@@ -54,17 +63,28 @@ class ModelRunner:
         context_length: int,
         *,
         replay: bool = False,
+        bucketed: BucketOptions | None = None,
     ) -> None:
         layers = _plain_layers(model)
         self.model, self.replay = model, replay
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.dtype
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self.cache = SlotCache(layers, max_batch_size, context_length)
+        self.bucketed: BucketedDecode | None = None
+        if bucketed is None:
+            self.cache = SlotCache(layers, max_batch_size, context_length)
+        else:
+            self.cache = pool = PooledCache(layers, max_batch_size, context_length)
+            self.bucketed = BucketedDecode(model, pool, bucketed)
         self.encoded = EncoderCache(model)
         parameters = inspect.signature(model.forward).parameters
         self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.step = DecodeStep(self._forward, self.cache, self.dtype)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each sequence is decoded by itself, since a batch's shape changes rounding."""
+        return self.replay and self.bucketed is None
 
     @torch.inference_mode()
     def prefill(self, chunks: Rows[Chunk]) -> Tensor:
@@ -156,10 +176,16 @@ class ModelRunner:
     def decode(self, sequences: Rows[Sequence]) -> Tensor:
         """Feed each sequence's next input; return the logits `[B, V]` of what follows it.
 
-        Their slots follow one another, and `reserve` has been called. Each one's `length` grows by
-        one.
+        Their slots follow one another, unless steps are bucketed, and `reserve` has been called.
+        Each one's `length` grows by one.
         """
-        if self.replay and len(sequences) > 1:
+        if self.bucketed is not None:
+            logits = self.bucketed.logits(sequences)
+            for sequence in sequences:
+                sequence.length += 1
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return logits.to(self.device, wide, copy=True)  # the next step overwrites it
+        if self.apart and len(sequences) > 1:
             return torch.cat([self.decode([sequence]) for sequence in sequences])
         rows = [[s.next_input, s.length, s.length + s.rope_delta] for s in sequences]
         longest = max(sequence.length for sequence in sequences)
@@ -167,6 +193,19 @@ class ModelRunner:
         for sequence in sequences:
             sequence.length += 1
         return logits
+
+    @torch.inference_mode()
+    def launch(self, sequences: Rows[Sequence]) -> Pending:
+        """Begin a bucketed step that draws each sequence's next token, and do not wait for it.
+
+        `reserve` has been called. Each one's `length` grows by one.
+        """
+        if self.bucketed is None:
+            raise RuntimeError("steps are not bucketed")
+        pending = self.bucketed.launch(sequences)
+        for sequence in sequences:
+            sequence.length += 1
+        return pending
 
     @torch.inference_mode()
     def reserve(self, sequences: Rows[Sequence]) -> None:
@@ -182,6 +221,8 @@ class ModelRunner:
     def move(self, source: int, sequence: Sequence) -> None:
         """Bring a sequence's keys and values from row `source` to its new slot."""
         self.cache.move(source, sequence.slot, sequence.length)
+        if self.bucketed is not None:
+            self.bucketed.move(source, sequence.slot)
 
     @torch.inference_mode()
     def scrub(self, row: int) -> None:
@@ -198,6 +239,21 @@ class ModelRunner:
         tensor = torch.from_numpy(np.require(array, requirements=("C", "A", "W"))).to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
+    @property
+    def attention(self) -> str:
+        """How decode steps attend."""
+        return self.bucketed.attention if self.bucketed else "mask"
+
+    def warm_up(self) -> None:
+        """Take the memory that bucketed steps need to stay where it is, and make them all.
+
+        Raises:
+            UnsupportedModelError: they do not compute what the model's own forward does.
+        """
+        if self.bucketed is not None:
+            self.bucketed.warm_up()
+            self._check()
+
     def verify(self) -> None:
         """Compare a batched, ragged decode with the model's own forward on a few token ids.
 
@@ -207,14 +263,18 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: they differ.
         """
+        with self.bucketed.plain() if self.bucketed else nullcontext():
+            self._check()
+        if self.bucketed is None and self.device.type == "cpu":
+            self._record()
+
+    def _check(self) -> None:
         try:
             error = self._probe_error()
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as failure:
             raise UnsupportedModelError("its forward rejects a batched decode step") from failure
         if not error <= TOLERANCE.get(self.dtype, HALF_TOLERANCE):
             raise UnsupportedModelError("a batched decode step does not reproduce its own forward")
-        if self.device.type == "cpu":
-            self._record()
 
     @torch.inference_mode()
     def _record(self) -> None:

@@ -1,17 +1,48 @@
-"""Gives a sequence what reads its tokens: detokenizer, parser of calls, constraint."""
+"""Gives a sequence what reads its tokens: criteria, detokenizer, parser of calls, constraint."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from shared.errors import UnbrokenError
+from shared.protocol import CancelReason
 from worker.engine.constraint import Constraint
 from worker.engine.detokenizer import Detokenizer
+from worker.engine.stopping import build_stopping
 from worker.tools import PARSERS
 
 if TYPE_CHECKING:
     from worker.engine.constraint import Tokens
     from worker.engine.sequence import Sequence
+
+FAILED = "generation_failed"
+LOG_FAILED = "The answer so far does not follow its format."
+
+
+def prepare(
+    sequence: Sequence, tokenizer: Any, tokens: Tokens, cancelled: Mapping[int, CancelReason]
+) -> bool:
+    """Give a sequence all that it takes to run; return whether it has ended already.
+
+    Raises:
+        ValueError: it has token ids that the model does not.
+        UnbrokenError: what it has from the log does not follow its format.
+    """
+    ids = (*sequence.prompt_ids, *sequence.output_ids)
+    if not ids or min(ids) < 0 or max(ids) >= tokens.vocab_size:
+        raise ValueError("token ids outside the vocabulary")
+    sequence.stopping = build_stopping(sequence, cancelled)
+    outfit(sequence, tokenizer, tokens)
+    if not sequence.output_ids:
+        return False
+    done = bool(sequence.stopping(torch.tensor([[sequence.last_token]]), None))
+    if not done and sequence.constraint and sequence.constraint.failed:
+        raise UnbrokenError(FAILED, LOG_FAILED)
+    return done
 
 
 def outfit(sequence: Sequence, tokenizer: Any, tokens: Tokens) -> None:

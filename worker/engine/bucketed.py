@@ -1,0 +1,269 @@
+"""Decode steps of a few fixed shapes, from inputs that stay in one place.
+
+So a step can be compiled once for each shape, and recorded as a CUDA graph: one launch instead of
+hundreds. All but the recording itself runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Batch
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from worker.engine import ragged
+from worker.engine.device_draw import FIELDS, draw, draw_best, greedy, parameters
+from worker.engine.ragged import PAGE, Rows
+from worker.engine.sequence import Sequence
+from worker.engine.token_pool import PooledCache
+from worker.engine.transfer import Mirror, Pending
+
+SMALLEST = 2  # a batch of one takes other kernels than all the others
+WARM_UPS = 2  # runs before a recording: libraries allocate and choose kernels in them
+SHAPES = 64  # most versions of a step that are compiled
+
+INPUTS = 6  # of a row: token, length, position, start, place, slot
+KINDS = LOGITS, BEST, DRAWN = "logits", "best", "drawn"  # what a step returns: logits or tokens
+
+Forward = Callable[[Tensor, int], Tensor]
+Run = Callable[[], Tensor]
+"""Runs a step over the inputs as they are; returns the same tensor each time."""
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """How decode steps of fixed shapes are run.
+
+    Args:
+        attention: the name of a path in `ragged.PATHS`; empty for the best that runs here.
+        compile: whether `torch.compile` makes each shape's step.
+        capture: whether each shape's step is recorded as a CUDA graph.
+        fixed: whether all steps have the largest shape, and rows are not split for attention, so
+            that rounding does not depend on who else runs.
+    """
+
+    attention: str = ""
+    compile: bool = False
+    capture: bool = False
+    fixed: bool = False
+
+
+def best_options(model: PreTrainedModel, *, exact: bool) -> BucketOptions | None:
+    """Return what is fastest for a model where it is; None where plain steps are (on CPUs)."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if {device.type for device in devices} != {"cuda"}:
+        return None
+    one = len(devices) == 1  # a recording cannot span several
+    return BucketOptions(compile=one, capture=one, fixed=exact)
+
+
+class BucketedDecode:
+    """Decodes rows of a pooled cache through a model's text decoder and its head.
+
+    Args:
+        model: in eval mode, on its device.
+        cache: its keys and values.
+        options: how to run the steps.
+
+    Attributes:
+        buckets: the batch sizes there are steps for, ascending.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PooledCache, options: BucketOptions) -> None:
+        self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
+        self._cache, self._options = cache, options
+        self._device = model.get_input_embeddings().weight.device
+        self.attention = options.attention or ragged.best(self._device, model.dtype)
+        self.buckets = _buckets(cache.plan.max_rows)[-1 if options.fixed else 0 :]
+        self._chunk = next((c for c in (512, 256, 128) if self._head.weight.shape[0] % c == 0), 512)
+        # Where they are fed from, by slot; the last one is that of rows that only fill up.
+        self._drawn = torch.zeros(cache.plan.max_rows + 1, dtype=torch.int64, device=self._device)
+        self._inputs = Mirror(INPUTS, self.buckets[-1], torch.int64, self._device)
+        self._asked = Mirror(FIELDS, self.buckets[-1], torch.float64, self._device)
+        self._forward = _compiled(self._logits) if options.compile else self._logits
+        self._record = Capture(self._device) if options.capture else _as_it_is
+        self._runs: dict[tuple[int, int, str], Run] = {}
+        self._version, self._plain = cache.plan.version, False
+
+    def logits(self, sequences: Batch[Sequence]) -> Tensor:
+        """Feed each sequence's next input; return `[B, V]`, valid until the next call.
+
+        Their rows may lie anywhere, and `reserve` has been called. No `length` changes.
+        """
+        size = self._fill(sequences)
+        return self._run(size, LOGITS)()[: len(sequences)]
+
+    def launch(self, sequences: Batch[Sequence]) -> Pending:
+        """Begin a step that draws each sequence's next token, which may be fed in the next one.
+
+        Each sequence's next input is known, or was drawn so by the step before. `drawable` holds
+        for all, and `reserve` has been called. No `length` changes.
+        """
+        size = self._fill(sequences)
+        best = all(greedy(sequence.sampling) for sequence in sequences)
+        if not best:
+            for at, sequence in enumerate(sequences):
+                position = sequence.length + 1 - len(sequence.prompt_ids)
+                self._asked.host[:, at] = parameters(sequence, position)
+            self._asked.send()
+        return Pending(self._run(size, BEST if best else DRAWN)()[: len(sequences)])
+
+    def move(self, source: int, target: int) -> None:
+        """Have a row's next input come along to another slot."""
+        self._drawn[target] = self._drawn[source]
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Neither compile nor record inside of it."""
+        self._plain = True
+        try:
+            yield
+        finally:
+            self._plain = False
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Take all memory, then compile and record all steps: the largest first.
+
+        Raises:
+            RuntimeError: the memory is not there, or a step cannot be compiled or recorded.
+        """
+        self._cache.allocate()
+        for size in reversed(self.buckets):
+            for kind in KINDS:
+                self._fill((), size)
+                self._run(size, kind)()
+
+    def _fill(self, sequences: Batch[Sequence], size: int = 0) -> int:
+        """Write a step's inputs to their place; return its size, by default the least that does.
+
+        An input that is not known yet is -1. Rows that nobody has read and write page 0.
+        """
+        size = size or next(bucket for bucket in self.buckets if bucket >= len(sequences))
+        plan, host = self._cache.plan, self._inputs.host
+        for at, sequence in enumerate(sequences):
+            length, slot = sequence.length, sequence.slot
+            token = sequence.next_input if sequence.replays else -1
+            position, start = length + sequence.rope_delta, plan.start(slot)
+            host[:, at] = token, length + 1, position, start, start + length, slot
+        for at in range(len(sequences), size):
+            host[:, at] = 0, 1, 0, 0, at % PAGE, plan.max_rows
+        self._inputs.send()
+        return size
+
+    def _run(self, size: int, kind: str) -> Run:
+        """Return what runs a step; make it where there is none yet, or where memory has moved."""
+        plan = self._cache.plan
+        if self._version != plan.version:
+            self._runs.clear()
+            self._version = plan.version
+        window = self._window()
+        if self._plain:
+            return self._step(self._logits, size, window, kind)
+        run = self._runs.get((size, window, kind))
+        if run is None:
+            step = self._step(self._forward, size, window, kind)
+            run = self._runs[size, window, kind] = self._record(step)
+        return run
+
+    def _window(self) -> int:
+        """Return the most tokens of a row: what is not copied together need not follow the slots'.
+
+        A change makes new steps, and may change rounding.
+        """
+        plan = self._cache.plan
+        follow = self.attention == "sdpa" and not self._options.fixed
+        return plan.capacity if follow else -(-plan.max_capacity // PAGE) * PAGE
+
+    def _step(self, forward: Forward, size: int, window: int, kind: str) -> Run:
+        inputs, asked = self._inputs.device[:, :size], self._asked.device[:, :size]
+        config, drawn, slots = self._decoder.config, self._drawn, inputs[5]
+
+        def step() -> Tensor:
+            self._cache.plan.begin_step(inputs[4])
+            with ragged.applied(config):
+                logits = forward(inputs, window)
+            if kind == LOGITS:
+                return logits
+            logits = logits.to(drawn.device)
+            tokens = draw_best(logits) if kind == BEST else draw(logits, asked, self._chunk)
+            drawn.index_copy_(0, slots, tokens.clamp(min=0))
+            return tokens
+
+        return step
+
+    def _logits(self, inputs: Tensor, window: int) -> Tensor:
+        ids, lengths, positions, starts, _, slots = inputs.unbind()
+        ids = torch.where(ids < 0, self._drawn[slots], ids)
+        rows = Rows(
+            starts=pad(starts, (0, 1)).int(),
+            lengths=lengths.int(),
+            queries=torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device),
+            window=window,
+            path=self.attention,
+            whole=self._options.fixed,
+        )
+        hidden = self._decoder(
+            input_ids=ids[:, None],
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            ragged=rows,
+        ).last_hidden_state
+        logits: Tensor = self._head(hidden[:, -1])
+        return logits
+
+
+class Capture:
+    """Records steps as CUDA graphs that share their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def __call__(self, step: Run) -> Run:
+        """Record a step; what runs it plays the recording."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        mode = "thread_local"  # what other threads do is theirs
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+            logits = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def _compiled(forward: Forward) -> Forward:
+    """Return what compiles a step for each shape, and runs it."""
+    import torch._dynamo as dynamo  # costs seconds
+
+    compiled = torch.compile(forward, dynamic=False)
+
+    def run(inputs: Tensor, window: int) -> Tensor:
+        with dynamo.config.patch(recompile_limit=SHAPES):
+            return compiled(inputs, window)
+
+    return run
+
+
+def _as_it_is(step: Run) -> Run:
+    return step
+
+
+def _buckets(most: int) -> tuple[int, ...]:
+    """Return powers of two up to the first that holds `most` rows."""
+    sizes = [SMALLEST]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)

@@ -1,0 +1,67 @@
+"""Builds a model's runner: in the fastest way that is found to compute what the model does."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from worker.engine.bucketed import BucketOptions
+from worker.engine.budget import bound
+from worker.engine.loader import LoadedModel, LoadError
+from worker.engine.messages import Limits
+from worker.engine.model_runner import ModelRunner, UnsupportedModelError
+
+log = logging.getLogger("unbroken.engine")
+
+
+def build_runner(
+    loaded: LoadedModel, max_batch_size: int, limits: Limits
+) -> tuple[ModelRunner, LoadedModel]:
+    """Build a runner that has its memory; return it, and the model with the context there is.
+
+    Where bucketed steps fail, or compute something else than the model's own forward, plain ones
+    are taken.
+
+    Raises:
+        LoadError: the model cannot be batched, or there is no memory for its cache.
+    """
+    for options in _choices(loaded.bucketed):
+        try:
+            built = _build(loaded, max_batch_size, limits, options)
+        except (torch.AcceleratorError, LoadError):
+            raise
+        except Exception:
+            log.warning("decode steps %s fail; trying others", options, exc_info=True)
+        else:
+            log.info("decode steps are %s by %s", options, built[0].attention)
+            return built
+    try:
+        return _build(loaded, max_batch_size, limits, None)
+    except UnsupportedModelError as error:
+        log.exception("the model cannot be batched")
+        raise LoadError(f"'{loaded.name}' cannot be served: {error}.") from error
+
+
+def _choices(options: BucketOptions | None) -> list[BucketOptions]:
+    """List what to try before plain steps: the same without a compiler, which may be missing."""
+    if options is None:
+        return []
+    return [options, replace(options, compile=False)] if options.compile else [options]
+
+
+def _build(
+    loaded: LoadedModel, max_batch_size: int, limits: Limits, options: BucketOptions | None
+) -> tuple[ModelRunner, LoadedModel]:
+    runner = ModelRunner(
+        loaded.model,
+        max_batch_size,
+        loaded.context_length,
+        replay=loaded.replay,
+        bucketed=options,
+    )
+    runner.verify()
+    context = bound(runner.cache, limits, loaded)
+    runner.warm_up()
+    return runner, replace(loaded, context_length=context)
