@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shared.errors import UnbrokenError
+from worker import pattern_trial
 from worker.engine.messages import AnswerForm
 from worker.tools import PARSERS
 
@@ -23,16 +24,19 @@ takes some four for each branch that a schema leaves open, which the gateway bou
 MOST_FUEL = 5_000_000
 """What the matcher's lexer may spend for one mask: 0.4 s, where the answer's patterns are hard."""
 
+MOST_STATES, MOST_STATES_ON_TRIAL = 250_000, 15_000
+"""States of the lexer, a kilobyte each; and those that one pattern may make while it is tried."""
+
 AFTER_THOUGHT = r"/\n{0,2}/"
 """What stands between `</think>` and the answer; it is not shown."""
 
 
-def matcher(text: str, tokenizer: LLTokenizer) -> LLMatcher:
+def matcher(text: str, tokenizer: LLTokenizer, states: int = MOST_STATES) -> LLMatcher:
     """Compile a grammar; returns its matcher, which may be one that has given up already.
 
-    On trial and in earnest its bounds are the same. They are wider than the library's own, which a
-    vocabulary of 150,000 tokens can exceed where one of bytes does not: in the middle of an answer
-    a slow mask is better than none.
+    On trial and in earnest its bounds are the same, but for the `states`. They are wider than the
+    library's own, which a vocabulary of 150,000 tokens can exceed where one of bytes does not: in
+    the middle of an answer a slow mask is better than none.
     """
     from llguidance import LLMatcher, LLParserLimits
 
@@ -40,6 +44,7 @@ def matcher(text: str, tokenizer: LLTokenizer) -> LLMatcher:
         max_items_in_row=MOST_ITEMS,
         step_max_items=MOST_ITEMS_AHEAD,
         step_lexer_fuel=MOST_FUEL,
+        max_lexer_states=states,
         verbose_errors=False,
     )
     return LLMatcher(tokenizer, text, log_level=0, limits=limits)
@@ -96,7 +101,7 @@ def create() -> Callable[[AnswerForm], None]:
     """
     from llguidance import LLTokenizer
 
-    tokenizer = LLTokenizer("byte")
+    tokenizer, words = LLTokenizer("byte"), pattern_trial.vocabulary()
 
     def check(form: AnswerForm) -> None:
         param = "response_format" if form.schema else "tools"
@@ -106,6 +111,13 @@ def create() -> Callable[[AnswerForm], None]:
             if there.is_error():
                 raise UnbrokenError(
                     "invalid_value", f"'{param}' cannot be followed: {_reason(there)}", param
+                )
+        functions = [f for f in form.functions if not form.lazy or f[0] in form.strict]
+        for part in pattern_trial.patterns((form.schema, *(schema for _, schema in functions))):
+            there = matcher(f"start: json\njson: %json {part}", words, MOST_STATES_ON_TRIAL)
+            if not there.is_error() and not pattern_trial.write(there):
+                raise UnbrokenError(
+                    "invalid_value", f"'{param}' has a pattern that is too complex.", param
                 )
 
     return check

@@ -256,6 +256,7 @@ FIELDS = [
     {"response_format": schema({"$ref": "http://127.0.0.1/x"})},
     {"response_format": schema({"type": "string", "pattern": "((("})},
     {"response_format": schema({"not": {}})},
+    {"response_format": schema({"anyOf": [{"properties": {f"p{n}": {} for n in range(300)}}] * 2})},
     {"response_format": schema({"description": "x" * 70000})},
     {"reasoning_effort": "huge"},
     {"thinking_token_budget": -1},

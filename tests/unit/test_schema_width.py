@@ -13,6 +13,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from gateway.json_schema import MAX_WIDTH, check_schema
 from shared.errors import UnbrokenError
 from worker import grammar
+from worker.engine.messages import AnswerForm
 
 OPEN = "open at one place"  # what a refusal says
 
@@ -88,6 +89,47 @@ def test_widths_that_multiply_are_found_at_once():
     defs = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 3} for n in range(200)}
     with pytest.raises(UnbrokenError, match=OPEN):
         check_schema({"$ref": "#/$defs/d0", "$defs": defs | {"d200": {"anyOf": kinds(3)}}}, "f")
+
+
+ENDLESS = [".*[a-m].{20}x.*", ".*[a-m].{30}x.*", "^(.*[aeiou].{40}){3}$"]
+HARMLESS = [
+    "^([a-z]+ ){5,200}$",
+    "^[\\w.+-]+@([\\w-]+\\.)+[\\w-]{2,}$",
+    "^.{100,4000}$",
+    "^(a?){50}a{50}$",
+    "^https?://[^\\s/$.?#].[^\\s]*$",
+    "(foo|bar).*(baz|q{3,40})",
+    "^#([A-Fa-f0-9]{6}|[A-Fa-f0-9]{3})$",
+]
+
+
+@pytest.mark.parametrize("where", ["alone", "far inside", "a name", "arguments"])
+def test_a_pattern_that_grows_without_bound_is_refused(where):
+    """Its automaton would fail in the middle of an answer; those of usual patterns do not."""
+    check = grammar.create()  # as a child of the worker's does
+
+    def asked(pattern):
+        text = {"type": "string", "pattern": pattern}
+        schema = (
+            {"type": "object", "patternProperties": {pattern: {}}} if where == "a name" else text
+        )
+        if where == "far inside":
+            schema = deep({"type": "array", "items": {"anyOf": [{"type": "null"}, text]}})
+        if where == "arguments":
+            checked = check_schema(deep(text), "f")
+            return AnswerForm(tools="qwen", functions=(("f", checked),), required=True)
+        return AnswerForm(check_schema(schema, "f"))
+
+    for pattern in HARMLESS:
+        check(asked(pattern))
+    for pattern in ENDLESS:
+        with pytest.raises(UnbrokenError, match="pattern that is too complex") as caught:
+            check(asked(pattern))
+        assert caught.value.param == ("tools" if where == "arguments" else "response_format")
+    free = check_schema(deep({"type": "string", "pattern": ENDLESS[0]}), "f")
+    strict = check_schema(deep({"type": "string"}), "f")
+    both = (("look", strict), ("now", free))
+    check(AnswerForm(tools="qwen", functions=both, strict=("look",)))  # need not be followed
 
 
 def leaf(draw):
