@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from shared.session_log import SessionLog
 from shared.store import Store, connect
 from tests.client_kit import output_of
 from tests.conftest import TEST_ENV
+from tests.random_schemas import a_schema
 from tests.stack import Stack, clean_environment, wait_until
 
 pytestmark = pytest.mark.timeout(400)  # two workers start, and one again: slow on a busy machine
@@ -44,6 +46,34 @@ def stack(tmp_path_factory, demo_model):
     """A gateway and two workers; the last test kills one."""
     folder = tmp_path_factory.mktemp("tools") / "data"
     with Stack(folder, workers=2, env={**TEST_ENV, "MAX_STEPS_PER_SECOND": "60"}) as running:
+        yield running
+
+
+XML = (
+    "<tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>\n</tool_call>"
+)
+XML_CALLS = """{%- for call in message.tool_calls or [] -%}
+{{- '<tool_call>\n<function=' + call.function.name + '>\n' -}}
+{%- for name, value in call.function.arguments | items -%}
+{{- '<parameter=' + name + '>\n' + (value if value is string else value | tojson) -}}
+{{- '\n</parameter>\n' -}}
+{%- endfor -%}
+{{- '</function>\n</tool_call>' -}}
+{%- endfor -%}"""
+
+
+@pytest.fixture(scope="module")
+def xml_stack(tmp_path_factory, demo_model):
+    """A gateway and two workers, whose model's chat template has a tag for each parameter."""
+    folder = tmp_path_factory.mktemp("xml")
+    shutil.copytree(demo_model, folder / "model")
+    template = folder / "model" / "chat_template.jinja"
+    before, _, rest = template.read_text().partition('<tool_call>\n{"name": ..., ')
+    middle, _, rest = rest.partition("</tool_call>")[2].partition("{%- for call in message.tool_c")
+    behind = rest.partition("{%- endfor -%}")[2]
+    template.write_text(f"{before}{XML}{middle}{XML_CALLS}{behind}")
+    env = {**TEST_ENV, "MAX_STEPS_PER_SECOND": "60"}
+    with Stack(folder / "data", workers=2, model=str(folder / "model"), env=env) as running:
         yield running
 
 
@@ -119,27 +149,36 @@ def test_a_strict_function_is_followed_where_the_model_need_not_call(client, dem
         jsonschema.validate(json.loads(arguments), SCHEMA)
 
 
-def test_random_formats_are_followed_side_by_side(client):
-    """Twenty schemas at once, half of them streamed, each answered with a document that follows."""
+def test_two_hundred_random_formats_are_followed_side_by_side(client):
+    """32 at a time, streamed and whole, with a thought and without: each document validates."""
 
     def ask(number):
-        schema = {"type": "array", "items": SCHEMA, "minItems": number % 3, "maxItems": 2}
-        schema = {"type": "object", "properties": {f"p{number}": schema}} | {
-            "required": [f"p{number}"],
-            "additionalProperties": False,
-        }
+        draw = random.Random(number)
+        schema = a_schema(draw)
         form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-        request = BASE | {"response_format": form, "seed": number}
+        words = " ".join(
+            draw.choices(["sea", "red", "count", "to", "why", "12"], k=draw.randint(1, 9))
+        )
+        request = BASE | {"messages": [{"role": "user", "content": words}], "max_tokens": 900}
+        request |= {
+            "response_format": form,
+            "seed": number,
+            "temperature": draw.choice([0, 0.7, 1.5]),
+        }
+        if number % 4 < 2:
+            request |= {"reasoning_effort": None, "extra_body": {"thinking_token_budget": 6}}
         if number % 2:
             with client.chat.completions.stream(**request) as stream:
                 choice = stream.get_final_completion().choices[0]
         else:
             choice = client.chat.completions.create(**request).choices[0]
-        assert choice.finish_reason == "stop"
+        if choice.finish_reason != "stop":
+            return schema
         jsonschema.validate(json.loads(choice.message.content), schema)
+        return None
 
-    with ThreadPoolExecutor(20) as threads:
-        list(threads.map(ask, range(20)))
+    with ThreadPoolExecutor(32) as threads:
+        assert [cut for cut in threads.map(ask, range(200)) if cut] == []
 
 
 @pytest.mark.parametrize(
@@ -226,3 +265,38 @@ def kill_the_worker_of(stack, session):
 
     pids = [worker["pid"] for worker in stack.state["workers"]]
     return stack.kill("workers", pids.index(asyncio.run(pid_of())))
+
+
+def test_calls_with_tagged_parameters_stream_and_survive_their_worker(xml_stack):
+    """For such a template calls are read, follow their schemas, go back, and outlive a kill."""
+    properties = {**SCHEMA["properties"], "n": {"type": "array", "items": {"enum": [1, 22]}}}
+    properties["n"] |= {"minItems": 3, "maxItems": 3}
+    schema = SCHEMA | {"properties": properties, "required": list(properties)}
+    look = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    request = BASE | {"tools": [look], "tool_choice": "required", "seed": 5, "max_tokens": 300}
+    request["parallel_tool_calls"] = False
+    url = f"{xml_stack.url}/v1"
+    with OpenAI(base_url=url, api_key="none", _strict_response_validation=True) as client:
+        calm = client.chat.completions.create(**request).choices[0]
+        [call] = calm.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        text, reason, killed = "", None, None
+        for chunk in client.chat.completions.create(**request, stream=True):
+            choice = chunk.choices[0]
+            reason = choice.finish_reason or reason
+            for part in choice.delta.tool_calls or ():
+                text += part.function.arguments
+                killed = killed or kill_the_worker_of(xml_stack, chunk.id)
+        assert killed
+        assert (text, reason) == (call.function.arguments, "tool_calls")
+        result = {"role": "tool", "tool_call_id": call.id, "content": "waves"}
+        turn = [*ASK, calm.message.model_dump(exclude_none=True), result]
+        plain = client.chat.completions.create(**BASE | {"tools": [look], "max_tokens": 2})
+        longer = client.chat.completions.create(
+            **BASE | {"messages": turn, "tools": [look], "max_tokens": 2}
+        )
+        assert longer.usage.prompt_tokens > plain.usage.prompt_tokens + 20
+        look["function"] |= {"parameters": schema | {"patternProperties": {"^x": {}}}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**request)
+        assert caught.value.param == "tools"

@@ -12,7 +12,8 @@ import pytest
 from gateway.json_schema import MAX_WIDTH, OPTIONS
 from shared.errors import UnbrokenError
 from tests.engine_kit import Driver, Engine
-from tests.grammar_kit import ONE, a_schema, calls, content, form, prompt, run, sampling
+from tests.grammar_kit import ONE, calls, content, form, prompt, run, sampling
+from tests.random_schemas import a_schema
 from worker.child import ChildDied, ChildTimeout
 from worker.engine.engine import GRAMMAR_FAILED, LOG_FAILED
 from worker.engine.messages import AnswerForm
