@@ -20,8 +20,9 @@ from worker.engine.device_draw import FIELDS, UNDECIDED, draw, drawable, paramet
 from worker.engine.engine import Engine
 from worker.engine.loader import load
 from worker.engine.messages import Abort, Cancel, Prompt
+from worker.engine.model_runner import ModelRunner
 from worker.engine.sampler import BAD_ROW, Sampler
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Chunk, Sequence
 
 pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be busy
 LIMIT = 400
@@ -248,3 +249,36 @@ def test_what_needs_the_host_is_not_drawn_by_the_device():
     ]
     assert not any(map(drawable, rows_of(host)))
     assert all(map(drawable, rows_of(KINDS.values())))
+
+
+def test_a_step_recorded_while_others_fly_feeds_what_was_drawn(plain, monkeypatch):
+    """A recording runs its step some times over; a row's next input is not what those draw."""
+
+    def rehearsed(step):
+        for _ in range(3):
+            step()
+        return step
+
+    monkeypatch.setattr("worker.engine.bucketed._as_it_is", rehearsed)
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    prompts = [text_prompt(6 + n, n) for n in range(3)]
+    tokens = []
+    for options in (None, BucketOptions()):
+        runner = ModelRunner(plain.model, 3, LIMIT, bucketed=options)
+        rows = [Sequence(n, prompt, greedy, frozenset(), LIMIT) for n, prompt in enumerate(prompts)]
+        for row in rows:
+            row.slot = row.handle
+            runner.reserve([*rows[: row.slot + 1]])
+            row.output_ids += runner.prefill([Chunk(row, row.target)]).argmax(-1).tolist()
+        if options is None:
+            for _ in range(3):
+                for row, token in zip(rows, runner.decode(rows).argmax(-1).tolist(), strict=True):
+                    row.output_ids.append(token)
+            tokens.append([row.output_ids[1:] for row in rows])
+        else:
+            flown = [runner.launch(batch) for batch in (rows[:2], rows[:2], rows, rows[2:])]
+            first, second, third, last = [pending.tokens() for pending in flown]
+            fed = [[*each] for each in zip(first, second, third[:2], strict=True)]
+            tokens.append([*fed, [third[2], *last]])
+    tokens[0][2].pop()
+    assert tokens[0] == tokens[1]

@@ -20,6 +20,7 @@ from worker.engine.loader import load
 from worker.engine.messages import Abort, Cancel, Limits
 from worker.engine.model_runner import ModelRunner
 from worker.engine.ragged import PAGE
+from worker.engine.runner_setup import build_runner
 from worker.engine.sequence import Chunk, Sequence
 from worker.engine.token_pool import PooledCache
 
@@ -54,6 +55,20 @@ def engine(bucketed):
 def driver(engine):
     """Its driver."""
     return Driver(engine)
+
+
+SAMPLED = SamplingParams(temperature=1.0, seed=7, max_tokens=9, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plain):
+    """Two prompts, and what a plain engine answers."""
+    driver = Driver(Engine(plain, 2))
+    prompts = [text_prompt(9), image_prompt(plain, seed=4)]
+    for handle, prompt in enumerate(prompts):
+        driver.add(handle, prompt, SAMPLED)
+    driver.drain()
+    return [(prompt, driver.ids(handle)) for handle, prompt in enumerate(prompts)]
 
 
 def mixed(loaded, count):
@@ -135,22 +150,16 @@ def test_cancelled_and_aborted_rows_leave_the_others_alone(plain, driver):
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_a_continued_sequence_goes_on_as_the_undisturbed_one(plain, replay):
+def test_a_continued_sequence_goes_on_as_the_undisturbed_one(plain, engine, undisturbed, replay):
     """From any seam, by a new prefill, or by feeding the log through steps of the one shape."""
-    options = BucketOptions(fixed=replay)
-    engine = Engine(dataclasses.replace(plain, bucketed=options, replay=replay), 8)
-    sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=9, ignore_eos=True)
-    undisturbed = Driver(Engine(plain, 2))
-    prompts = [text_prompt(9), image_prompt(plain, seed=4)]
-    for handle, prompt in enumerate(prompts):
-        undisturbed.add(handle, prompt, sampling)
-    undisturbed.drain()
-    for handle, prompt in enumerate(prompts):
-        whole = undisturbed.ids(handle)
-        assert len(whole) == 9
+    if replay:
+        loaded = dataclasses.replace(plain, bucketed=BucketOptions(fixed=True), replay=True)
+        engine = Engine(loaded, 8)
+    for prompt, whole in undisturbed:
+        assert len(whole) == SAMPLED.max_tokens
         driver = Driver(engine)
         for seam in range(0, len(whole) + 1, 2):
-            driver.add(seam, prompt, sampling, whole[:seam])
+            driver.add(seam, prompt, SAMPLED, whole[:seam])
         driver.drain()
         for seam in range(0, len(whole) + 1, 2):
             assert whole[:seam] + driver.ids(seam) == whole
@@ -244,16 +253,14 @@ def test_a_pool_that_finds_no_memory_is_as_before(monkeypatch):
     assert all(bool((keys == 2.0).all()) for keys, _ in cache.copy_out(1, 256))
 
 
-def test_steps_that_fail_give_way_to_plain_ones(plain, monkeypatch, caplog):
+def test_steps_that_fail_give_way_to_plain_ones(plain, caplog):
     """A model whose decoder cannot be run by itself is served all the same, and the log says so."""
     options = BucketOptions("nothing of that name", compile=True)
     with caplog.at_level(logging.WARNING, "unbroken.engine"):
-        engine = Engine(dataclasses.replace(plain, bucketed=options), 2)
-    assert engine.runner.bucketed is None
+        runner, _ = build_runner(dataclasses.replace(plain, bucketed=options), 2, Limits())
+    assert runner.bucketed is None
     assert caplog.text.count("trying others") == 2  # compiled and not
-    driver = Driver(engine)
-    driver.add(1, text_prompt(9))
-    assert driver.drain().ids(1) == oracle(plain, text_prompt(9))
+    decoded(runner, [text_prompt(9)], 1)
 
 
 def test_a_cpu_has_plain_steps(plain):

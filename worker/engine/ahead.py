@@ -11,7 +11,7 @@ import logging
 import torch
 
 from worker.engine.device_draw import UNDECIDED, drawable
-from worker.engine.model_runner import ModelRunner
+from worker.engine.model_runner import ModelRunner, lacks_memory
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import Pending
@@ -33,6 +33,7 @@ class Ahead:
         self._runner, self._scheduler = runner, scheduler
         self._pending: Pending | None = None
         self._rows: list[Sequence | None] = []
+        self._broken = False
         self._totals: dict[int, int] = {}  # by handle: whose token behind so many the host draws
 
     def turn(self, rows: list[Sequence]) -> tuple[Landed, int]:
@@ -66,15 +67,18 @@ class Ahead:
         self._totals.pop(sequence.handle, None)
 
     def _launch(self, rows: list[Sequence]) -> Pending | None:
-        if self._runner.bucketed is None or not rows or not all(map(self._may, rows)):
+        off = self._runner.bucketed is None or self._broken
+        if off or not rows or not all(map(self._may, rows)):
             return None
         try:
             self._runner.reserve(self._scheduler.live)
             return self._runner.launch(rows)
         except torch.AcceleratorError:
             raise
-        except Exception:  # the host's own step meets it again, and finds out whose it is
-            log.exception("a decode step ahead failed")
+        except Exception as error:  # the host's own step meets it again, and finds out whose it is
+            self._broken = not lacks_memory(error)
+            if self._broken:
+                log.exception("a decode step ahead failed; there will be no more")
             return None
 
     def _may(self, row: Sequence) -> bool:

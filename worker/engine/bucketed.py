@@ -11,6 +11,7 @@ from collections.abc import Sequence as Batch
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from worker.engine import ragged
 from worker.engine.device_draw import FIELDS, draw, draw_best, greedy, parameters
 from worker.engine.ragged import PAGE, Rows
+from worker.engine.sampler import chunk_size
 from worker.engine.sequence import Sequence
 from worker.engine.token_pool import PooledCache
 from worker.engine.transfer import Mirror, Pending
@@ -80,10 +82,12 @@ class BucketedDecode:
         self._device = model.get_input_embeddings().weight.device
         self.attention = options.attention or ragged.best(self._device, model.dtype)
         self.buckets = _buckets(cache.plan.max_rows)[-1 if options.fixed else 0 :]
-        self._chunk = next((c for c in (512, 256, 128) if self._head.weight.shape[0] % c == 0), 512)
+        self._chunk = chunk_size(int(self._head.weight.shape[0]))
         # Where they are fed from, by slot; the last one is that of rows that only fill up.
         self._drawn = torch.zeros(cache.plan.max_rows + 1, dtype=torch.int64, device=self._device)
         self._inputs = Mirror(INPUTS, self.buckets[-1], torch.int64, self._device)
+        most, slot = self.buckets[-1], cache.plan.max_rows
+        self._nobody = np.array([(0, 1, 0, 0, at % PAGE, slot) for at in range(most)]).T
         self._asked = Mirror(FIELDS, self.buckets[-1], torch.float64, self._device)
         self._forward = _compiled(self._logits) if options.compile else self._logits
         self._record = Capture(self._device) if options.capture else _as_it_is
@@ -95,8 +99,9 @@ class BucketedDecode:
 
         Their rows may lie anywhere, and `reserve` has been called. No `length` changes.
         """
-        size = self._fill(sequences)
-        return self._run(size, LOGITS)()[: len(sequences)]
+        run = self._run(self._size(sequences), LOGITS)
+        self._fill(sequences)
+        return run()[: len(sequences)]
 
     def launch(self, sequences: Batch[Sequence]) -> Pending:
         """Begin a step that draws each sequence's next token, which may be fed in the next one.
@@ -104,14 +109,14 @@ class BucketedDecode:
         Each sequence's next input is known, or was drawn so by the step before. `drawable` holds
         for all, and `reserve` has been called. No `length` changes.
         """
-        size = self._fill(sequences)
         best = all(greedy(sequence.sampling) for sequence in sequences)
+        run = self._run(self._size(sequences), BEST if best else DRAWN)
+        self._fill(sequences)
         if not best:
-            for at, sequence in enumerate(sequences):
-                position = sequence.length + 1 - len(sequence.prompt_ids)
-                self._asked.host[:, at] = parameters(sequence, position)
+            asked = [parameters(s, s.length + 1 - len(s.prompt_ids)) for s in sequences]
+            self._asked.host[:, : len(asked)] = np.array(asked).T
             self._asked.send()
-        return Pending(self._run(size, BEST if best else DRAWN)()[: len(sequences)])
+        return Pending(run()[: len(sequences)])
 
     def move(self, source: int, target: int) -> None:
         """Have a row's next input come along to another slot."""
@@ -136,28 +141,34 @@ class BucketedDecode:
         self._cache.allocate()
         for size in reversed(self.buckets):
             for kind in KINDS:
-                self._fill((), size)
-                self._run(size, kind)()
+                run = self._run(size, kind)
+                self._fill(())
+                run()
 
-    def _fill(self, sequences: Batch[Sequence], size: int = 0) -> int:
-        """Write a step's inputs to their place; return its size, by default the least that does.
+    def _size(self, sequences: Batch[Sequence]) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= len(sequences))
+
+    def _fill(self, sequences: Batch[Sequence]) -> None:
+        """Write a step's inputs to their place.
 
         An input that is not known yet is -1. Rows that nobody has read and write page 0.
         """
-        size = size or next(bucket for bucket in self.buckets if bucket >= len(sequences))
         plan, host = self._cache.plan, self._inputs.host
-        for at, sequence in enumerate(sequences):
+        rows = []
+        for sequence in sequences:
             length, slot = sequence.length, sequence.slot
             token = sequence.next_input if sequence.replays else -1
             position, start = length + sequence.rope_delta, plan.start(slot)
-            host[:, at] = token, length + 1, position, start, start + length, slot
-        for at in range(len(sequences), size):
-            host[:, at] = 0, 1, 0, 0, at % PAGE, plan.max_rows
+            rows.append((token, length + 1, position, start, start + length, slot))
+        host[:, : len(rows)] = np.array(rows).reshape(-1, INPUTS).T
+        host[:, len(rows) :] = self._nobody[:, len(rows) :]
         self._inputs.send()
-        return size
 
     def _run(self, size: int, kind: str) -> Run:
-        """Return what runs a step; make it where there is none yet, or where memory has moved."""
+        """Return what runs a step; make it where there is none yet, or where memory has moved.
+
+        Nobody's inputs are there then: a step that is run twice would feed what it has drawn.
+        """
         plan = self._cache.plan
         if self._version != plan.version:
             self._runs.clear()
@@ -167,6 +178,7 @@ class BucketedDecode:
             return self._step(self._logits, size, window, kind)
         run = self._runs.get((size, window, kind))
         if run is None:
+            self._fill(())
             step = self._step(self._forward, size, window, kind)
             run = self._runs[size, window, kind] = self._record(step)
         return run

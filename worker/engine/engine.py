@@ -140,7 +140,7 @@ class Engine:
             tokens = self.drawer.draw(logits, rows)
             ended += self._take_in(rows, tokens)
         self._remove_all(ended)
-        if decode and not (worked or rows or ended):
+        if decode and not (worked or rows or ended or self._outputs):
             self.holding.idle()
         outputs, self._outputs = tuple(self._outputs), []
         return outputs

@@ -67,9 +67,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        # A draw over all of V looks at V / chunk sums and one chunk. A divisor of V saves a copy.
-        near_root = 1 << (vocab_size.bit_length() + 1) // 2
-        self._chunk = next((c for c in (512, 256, 128) if vocab_size % c == 0), near_root)
+        self._chunk = chunk_size(vocab_size)
         self._penalties = Penalties(vocab_size, device)
         self._scratch = torch.empty(2, 0, vocab_size, device=device)
 
@@ -203,6 +201,15 @@ class Sampler:
         temperatures = torch.tensor([[row.sampling.temperature] for row in rows])
         torch.div(logits, temperatures.to(self.device), out=scaled)
         return torch.softmax(scaled, dim=-1, out=mass)
+
+
+def chunk_size(vocab_size: int) -> int:
+    """Return how many tokens a draw over all of them sums up first.
+
+    It looks at all the sums and into one chunk; a divisor of V saves a copy.
+    """
+    near_root = 1 << (vocab_size.bit_length() + 1) // 2
+    return next((c for c in (512, 256, 128) if vocab_size % c == 0), near_root)
 
 
 def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
