@@ -72,11 +72,11 @@ class Tokens:
         return self._past[tag].get(size, [])
 
     def _make(self, loaded: LoadedModel, vocab_size: int) -> Any:
-        from llguidance import LLTokenizer
-
         backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
         if backend is None or not self.eos_ids:
             return None
+        from llguidance import LLTokenizer
+
         try:
             return LLTokenizer(
                 backend.to_str(),
