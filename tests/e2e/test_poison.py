@@ -1,4 +1,4 @@
-"""A session whose prompt kills the worker that computes it, and those that run beside it."""
+"""Prompts that take long: one that kills its workers, and many that a frozen worker leaves."""
 
 import asyncio
 import os
@@ -12,9 +12,10 @@ from shared.session_log import SessionLog
 from shared.store import Store, connect
 from tests.conftest import TEST_ENV
 from tests.stack import Stack, wait_until
+from worker.intake import AT_ONCE
 
 pytestmark = pytest.mark.timeout(500)  # three workers start, and three of them again
-WORKERS, ATTEMPTS, TOKENS, NEIGHBOURS = 3, 3, 160, 6
+WORKERS, ATTEMPTS, TOKENS, NEIGHBOURS, ORPHANS = 3, 3, 160, 6, 10
 CHUNK, PACE = 32, 20
 """A prompt of thousands of tokens is computed for seconds, so that each kill falls into it."""
 
@@ -94,4 +95,51 @@ async def test_a_prompt_that_kills_its_workers_does_not_take_the_fleet_with_it(s
         assert sum(taken) > 0  # the kills hit some of them
         wait_until(lambda: Stack.workers_seen(stack.url) == WORKERS, "the fleet is whole", 120)
         assert text(await ask(neighbour(0, max_tokens=8)))
+    await store.close()
+
+
+async def holders(store, names):
+    """Return the worker that holds each of these sessions; None for one that waits or has ended."""
+    async with store.redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hget(keys.session(name), "lease")
+        leases = await pipe.execute()
+    return [lease.decode().split(":")[0] if lease else None for lease in leases]
+
+
+async def test_what_a_frozen_worker_leaves_is_shared_with_the_one_that_wakes(stack):
+    """Its successor takes no more than it begins soon, so the one that wakes has a part again."""
+    store, names = Store(connect(stack.redis_url, retries=10)), [f"o{n}" for n in range(ORPHANS)]
+    pids = [worker["pid"] for worker in stack.state["workers"]]
+    async with httpx.AsyncClient(base_url=stack.url, timeout=300, trust_env=False) as client:
+        for pid in pids[1:]:
+            os.kill(pid, signal.SIGSTOP)  # so that the first has all
+        try:
+            asked = []
+            for number, name in enumerate(names):
+                prompt = {"role": "user", "content": f"{number} " + "river glass " * 150}
+                body = neighbour(number, messages=[prompt], max_tokens=1000, session_id=name)
+                asked.append(asyncio.ensure_future(client.post("/v1/chat/completions", json=body)))
+            for name in names:
+                while int(await store.redis.hget(keys.session(name), "last") or 0) < 1:
+                    await asyncio.sleep(0.01)
+            [first] = set(await holders(store, names))
+            os.kill(pids[1], signal.SIGCONT)
+            os.kill(pids[0], signal.SIGSTOP)
+            while not (others := {*await holders(store, names)} - {first, None}):
+                await asyncio.sleep(0.01)
+            os.kill(pids[0], signal.SIGCONT)
+            for name in names:
+                while (await SessionLog(store).record(name)).takeovers < 1:
+                    await asyncio.sleep(0.01)
+            found = await holders(store, names)
+            for name in names:
+                await client.post(f"/v1/cancel/{name}")
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        [second] = others
+        assert found.count(second) >= AT_ONCE
+        assert found.count(first) > 1
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
     await store.close()
