@@ -128,6 +128,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="unbroken-chaos-"))
     env = {"TORCH_DTYPE": args.dtype, "SESSIONS_TTL_SECONDS": "86400", "LOG_LEVEL": "INFO"}
     env["MAX_STEPS_PER_SECOND"] = str(args.pace)
+    env["MAX_BATCH_SIZE"] = str(2 * args.clients)  # one worker alone has rows for all choices
     stack = Stack(folder / "data", gateways=args.gateways, workers=args.workers, env=env)
     kept = False
     try:

@@ -71,11 +71,15 @@ class SessionCopy(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a claim gave: sessions, how many still wait, and ms until a lease runs out (or None)."""
+    """What a claim gave: sessions, how many still wait, and ms until a lease runs out (or None).
+
+    `choices` are the sessions': as many slots does each take.
+    """
 
     sessions: list[Claimed]
     waiting: int
     next_expiry_ms: int | None
+    choices: list[int]
 
 
 class SessionQueue:
@@ -124,8 +128,11 @@ class SessionQueue:
         return keys.LIVE_TTL * 1000 if lasting else self._watch_ttl_ms
 
     async def claim(self, worker_id: str, free_slots: int) -> Claim:
-        """Put sessions with an expired lease back, then lease up to `free_slots` of our model."""
-        waiting, expiry, *pairs = await self._store.run(
+        """Put sessions with an expired lease back, then lease of our model until no slot is free.
+
+        Each choice takes a slot; the last session may take more than there are.
+        """
+        waiting, expiry, *found = await self._store.run(
             "claim",
             [keys.QUEUE, keys.LEASES, keys.CONTACT],
             [
@@ -133,8 +140,9 @@ class SessionQueue:
                 *(self.model, keys.WORK_BELL, LOOKED_AT, SILENCE_MS, CONTACT_MS),
             ],
         )
-        sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease in pairs]
-        return Claim(sessions, waiting, expiry if expiry >= 0 else None)
+        sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease, _ in found]
+        choices = [count for _, _, count in found]
+        return Claim(sessions, waiting, expiry if expiry >= 0 else None, choices)
 
     async def renew(self, leases: Mapping[str, str]) -> list[str]:
         """Prolong the leases `{session_id: lease}`; returns the sessions whose lease is lost.

@@ -74,7 +74,7 @@ class LeasedWorker(Worker):
         queue: the session queue.
         presence: cancel flags and watchers.
         parts: what the jobs need.
-        slots: how many sessions run at once.
+        slots: how many choices of sessions run at once.
         pulse: tells whether this process was frozen.
         queue_timeout_seconds: how long a session may wait for a worker.
     """
@@ -114,6 +114,7 @@ class LeasedWorker(Worker):
         self.worker_id, self._queue, self._bell = worker_id, queue, bell
         self._presence, self._parts = presence, parts
         self._leases: dict[str, str] = {}
+        self._choices: dict[str, int] = {}  # of the sessions with a lease
         self._jobs: dict[str, SessionJob] = {}
         self._sweeper = Sweeper(store, queue, presence)
         self._overdue = Overdue(queue, queue_timeout_seconds)
@@ -129,6 +130,11 @@ class LeasedWorker(Worker):
     def running(self) -> int:
         """Count the sessions that run here."""
         return len(self._leases)
+
+    @property
+    def taken(self) -> int:
+        """Count the slots that they take: one for each choice."""
+        return sum(self._choices[session_id] for session_id in self._leases)
 
     async def main(self) -> None:
         """Claim and run sessions until cancelled; what keeps them goes on until `drain`."""
@@ -152,16 +158,16 @@ class LeasedWorker(Worker):
         if time.monotonic() - self._renewed > LEASE_MS / 2000:
             await self._renew()  # after an outage: our own sessions must not look abandoned
         self._intake.changed.clear()
-        free, room = self.max_jobs - self.running, self._intake.room()
+        free, room = max(0, self.max_jobs - self.taken), self._intake.room()
         if free and not room:  # others may take what waits, meanwhile
             await self._change_of_room(PAUSE_SECONDS)
             return
         claim = await self._queue.claim(self.worker_id, min(free, room, CLAIM_AT_ONCE))
-        for claimed in claim.sessions:
-            self._start(claimed)
-        if claim.sessions and self.running < self.max_jobs:
+        for claimed, choices in zip(claim.sessions, claim.choices, strict=True):
+            self._start(claimed, choices)
+        if claim.sessions and self.taken < self.max_jobs:
             return
-        if self.running >= self.max_jobs:
+        if self.taken >= self.max_jobs:
             await self._change_of_room(IDLE_SECONDS)
             return
         expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
@@ -171,12 +177,12 @@ class LeasedWorker(Worker):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._intake.changed.wait(), seconds)
 
-    def _start(self, claimed: Claimed) -> None:
+    def _start(self, claimed: Claimed, choices: int) -> None:
         sid = claimed.session_id
         before = self.tasks.get(sid)
         if sid in self._jobs:
             self._jobs[sid].lose()
-        self._leases[sid] = claimed.lease
+        self._leases[sid], self._choices[sid] = claimed.lease, choices
         self._intake.take(sid)
         task = self.loop.create_task(self._run_after(before, claimed), name=f"session {sid}")
         self.tasks[sid] = task
@@ -199,7 +205,7 @@ class LeasedWorker(Worker):
         if self.tasks.get(sid) is task:
             del self.tasks[sid]
         if self._leases.get(sid) == claimed.lease:
-            del self._leases[sid]
+            del self._leases[sid], self._choices[sid]
         self._intake.leave(sid)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("session job broke", extra={"session": sid, "error": type(error).__name__})

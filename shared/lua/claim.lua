@@ -1,13 +1,14 @@
 -- Invariant: a session waits in the queue or is leased to one worker, never both; each claim gives
 -- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place, unless
 -- Redis was away lately: then their workers renew first. `claims` and `attempts` are counted since the
--- log last grew; attempt.lua counts the latter. A worker gets sessions of its model only. A record
+-- log last grew; attempt.lua counts the latter. A worker gets sessions of its model only, until their
+-- choices take all its free slots (the last one's may take more, else a large one might never run). A record
 -- that is no hash is removed: it must not hold up the others.
 -- KEYS: queue, leases, contact
 -- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix,
 --       6 model ('': any), 7 prefix of the models' work bells, 8 most sessions to look at,
 --       9 longest silence ms, 10 ms without one that workers need to renew their leases
--- Returns {still waiting, ms until the next lease can be taken (-1: none), {id, lease}, …}
+-- Returns {still waiting, ms until the next lease can be taken (-1: none), {id, lease, choices}, …}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local micros = time[1] * 1000000 + time[2]
@@ -42,12 +43,13 @@ local claimed, ours = {}, 0
 local free = tonumber(ARGV[2])
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
   local key = ARGV[5] .. id
-  local record = redis.pcall('HMGET', key, 'status', 'model', 'epoch', 'last', 'tried_at')
+  local record = redis.pcall('HMGET', key, 'status', 'model', 'epoch', 'last', 'tried_at',
+    'choices')
   if record.err then redis.call('DEL', key) end
   local fits = ARGV[6] == '' or record[2] == ARGV[6]
   if record[1] ~= 'queued' then
     redis.call('ZREM', KEYS[1], id)
-  elseif fits and #claimed == free then
+  elseif fits and free <= 0 then
     ours = 1
     break
   elseif fits then
@@ -61,7 +63,9 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
     end
     redis.pcall('HINCRBY', key, 'claims', 1)
     redis.call('ZADD', KEYS[2], string.format('%.3f', now + ARGV[3]), id)
-    claimed[#claimed + 1] = {id, lease}
+    local choices = math.max(1, math.min(64, tonumber(record[6]) or 1))
+    free = free - choices
+    claimed[#claimed + 1] = {id, lease, choices}
   end
 end
 for _, key in ipairs({KEYS[1], KEYS[2]}) do redis.call('EXPIRE', key, ARGV[4]) end

@@ -170,8 +170,9 @@ def log(store):
     return SessionLog(store)
 
 
-async def submit(queue, *names):
-    request = GenerationRequest((Message("user", (TextPart("x"),)),), SamplingParams())
+async def submit(queue, *names, choices=1):
+    sampling = SamplingParams(n=choices)
+    request = GenerationRequest((Message("user", (TextPart("x"),)),), sampling)
     for name in names:
         await queue.submit(Submission(name, "", request.digest(), "m", "fp", False, request), 100)
 
@@ -448,6 +449,22 @@ async def test_what_a_dead_worker_left_is_shared_out(make, log, store, monkeypat
         worker.engine.begin()
     for name in names:
         assert (await ended(log, name))[1] == WHOLE
+
+
+async def test_a_batch_is_full_of_choices_not_of_sessions(make):
+    """What would only wait for a row is left to a worker that has one."""
+    first, second = make("w1"), make("w2")
+    for worker in (first, second):
+        worker.engine.going.clear()
+    await submit(first.queue, *"abcde", choices=8)
+    first.start()
+    while len(first.engine.running) < 32:
+        await asyncio.sleep(0.005)
+    second.start()
+    while len(second.engine.running) < 8:
+        await asyncio.sleep(0.005)
+    assert (first.consumer.running, first.consumer.taken) == (4, 32)
+    assert (second.consumer.running, second.consumer.taken) == (1, 8)
 
 
 async def test_slow_media_keep_nobody_out(make, store, monkeypatch):

@@ -1,5 +1,6 @@
 import asyncio
 
+import msgspec
 import pytest
 
 from shared import keys
@@ -104,6 +105,22 @@ async def test_claim_takes_the_oldest_first_and_each_once(queue):
     assert [c.session_id for c in first.sessions] == ["a", "b"]
     assert first.waiting == 1
     assert [c.session_id for c in second.sessions] == ["c"]
+
+
+async def test_each_choice_takes_a_slot(queue):
+    """A worker gets sessions until their choices fill it; the last one's may be too many."""
+    for name, choices in (("a", 1), ("b", 3), ("c", 1), ("d", 2)):
+        new = submission(name)
+        sampling = SamplingParams(max_tokens=4, n=choices)
+        request = msgspec.structs.replace(new.request, sampling=sampling)
+        await queue.submit(new._replace(request=request), 10)
+    claims = [await queue.claim("w1", free) for free in (0, 3, 3)]
+    assert [[c.session_id for c in claim.sessions] for claim in claims] == [
+        [],
+        ["a", "b"],
+        ["c", "d"],
+    ]
+    assert [claim.choices for claim in claims] == [[], [1, 3], [1, 2]]
 
 
 async def test_claim_passes_the_bell_on_while_sessions_wait(queue, store):
