@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 
@@ -37,6 +38,8 @@ def build_runner(
         else:
             log.info("decode steps are %s by %s", options, built[0].attention)
             return built
+        gc.collect()  # the cache of what has failed, so that the next one finds the memory
+        torch.cuda.empty_cache()  # without CUDA it does nothing
     try:
         return _build(loaded, max_batch_size, limits, None)
     except UnsupportedModelError as error:
