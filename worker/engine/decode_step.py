@@ -23,7 +23,7 @@ log = logging.getLogger("unbroken.engine")
 Stored = tuple[Tensor, Tensor]
 """A layer's keys and values of the step's rows, each `[B, kv heads, window, head dim]`."""
 
-PROBED = ((2, False), (1, False), (3, False), (5, True), (2, True), (4, False), (1, False))
+PROBED = ((2, False), (5, True), (3, False), (1, False))
 """Batches that a record has to give the forward's bits for: rows, and whether at far positions."""
 PROBED_TOKENS = 24  # most tokens of a row in those
 
