@@ -37,6 +37,11 @@ BOUNDS: dict[str, float] = {
 }
 """The longest silence aimed at, seconds at p99; of some, beside the time that the part is away."""
 
+CONNECTION = {"gateway SIGKILL", "gateway SIGTERM", "gateway SIGSTOP", "client cut"}
+"""Faults that take a stream's connection, and leave its worker and the queue alone."""
+
+UNBEGUN = "a connection, before the first token"
+
 BEYOND_OUTAGE = {"redis SIGKILL", "redis SIGSTOP", "gateway SIGSTOP"}
 
 
@@ -147,10 +152,16 @@ class Silence:
     kinds: tuple[str, ...]
     seconds: float
     outage: float
+    unbegun: bool = False  # the first token was waited for
 
     @property
     def kind(self) -> str:
-        """The fault's kind, or that there was more than one."""
+        """The fault's kind, or that there was more than one, or that it took no token away.
+
+        Who has no token yet waits for queue and prompt, connected or not.
+        """
+        if self.unbegun and CONNECTION.issuperset(self.kinds):
+            return UNBEGUN
         return self.kinds[0] if len(self.kinds) == 1 else "several at once"
 
     @property
@@ -174,7 +185,8 @@ def silences(
     Returns them, and each stream's longest pause that no fault explains, in seconds; the wait for
     its first token aside. A pause lasts from one event to the next, or from the first fault within
     it, if that came later: what a stream had waited before is not the fault's doing. One that was
-    hit before its first token has waited for it since the fault, its turn in the queue included.
+    hit before its first token has waited for it since the fault, its turn in the queue included;
+    where only its connection was hit, that is told apart.
     A worker that stops gives its sessions away one by one, `given_back` says when: the pauses then
     are its doing too.
     """
@@ -199,7 +211,7 @@ def silences(
             before, after = pauses[place]
             seconds = after - max(before, min(fault.at for fault in several))
             outage = sum(f.outage for f in several if f.kind in BEYOND_OUTAGE)
-            found.append(Silence(kinds, seconds, outage))
+            found.append(Silence(kinds, seconds, outage, place == 0))
         rest = [after - before for n, (before, after) in enumerate(pauses) if n and n not in causes]
         unexplained.append(max(rest, default=0.0))
     return found, unexplained

@@ -12,6 +12,7 @@ from benchmarks._chaos_clients import Attempt, Stream
 from benchmarks._chaos_faults import Fault, Faults
 from benchmarks._chaos_stack import Part
 from benchmarks._chaos_verdict import (
+    UNBEGUN,
     Log,
     Truth,
     given_back,
@@ -140,6 +141,14 @@ def test_a_silence_is_counted_from_the_fault_on(times, faults, seconds):
     hits = [Fault("worker SIGTERM", at, hit=[stream]) for at in faults]
     [found], _ = silences([stream], hits)
     assert found.seconds == seconds
+
+
+def test_a_wait_for_the_first_token_is_told_apart_where_a_connection_is_lost():
+    """A gateway's end keeps no prompt from being computed; a worker's does."""
+    for kind, expected in (("gateway SIGKILL", UNBEGUN), ("worker SIGKILL", "worker SIGKILL")):
+        waits, runs = Stream(0, times=[0, 9, 10]), Stream(0, times=[0, 1, 9, 10])
+        found, _ = silences([waits, runs], [Fault(kind, 2, hit=[waits, runs])])
+        assert [(silence.kind, silence.seconds) for silence in found] == [(expected, 7), (kind, 7)]
 
 
 def test_a_stopping_worker_answers_for_each_hand_over():
