@@ -33,9 +33,14 @@ LIMIT = 700  # tokens of a sequence: several pages
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def folder(tmp_path_factory):
+    """The demo model."""
+    return ensure_demo_model(tmp_path_factory.mktemp("models") / "demo")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
     """The demo model, decoded in plain steps."""
-    folder = ensure_demo_model(tmp_path_factory.mktemp("models") / "demo")
     return load(config(folder, context_length=LIMIT), lambda *_: None)
 
 
@@ -57,7 +62,7 @@ def driver(engine):
     return Driver(engine)
 
 
-SAMPLED = SamplingParams(temperature=1.0, seed=7, max_tokens=9, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.5, seed=7, max_tokens=9, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -149,20 +154,32 @@ def test_cancelled_and_aborted_rows_leave_the_others_alone(plain, driver):
         assert driver.ids(handle) == oracle(plain, text_prompt(6 + handle))
 
 
-@pytest.mark.parametrize("replay", [False, True])
-def test_a_continued_sequence_goes_on_as_the_undisturbed_one(plain, engine, undisturbed, replay):
-    """From any seam, by a new prefill, or by feeding the log through steps of the one shape."""
-    if replay:
-        loaded = dataclasses.replace(plain, bucketed=BucketOptions(fixed=True), replay=True)
-        engine = Engine(loaded, 8)
+def continues(engine, prompt, whole):
+    """Continue a sequence from every other seam of its log, all beside each other."""
+    driver, seams = Driver(engine), range(0, len(whole) + 1, 2)
+    for seam in seams:
+        driver.add(seam, prompt, SAMPLED, whole[:seam])
+        driver.step()
+    driver.drain()
+    assert [whole[:seam] + driver.ids(seam) for seam in seams] == [whole] * len(seams)
+
+
+def test_a_continued_sequence_goes_on_as_the_undisturbed_one(engine, undisturbed):
+    """From any seam of its log, among others."""
     for prompt, whole in undisturbed:
         assert len(whole) == SAMPLED.max_tokens
-        driver = Driver(engine)
-        for seam in range(0, len(whole) + 1, 2):
-            driver.add(seam, prompt, SAMPLED, whole[:seam])
-        driver.drain()
-        for seam in range(0, len(whole) + 1, 2):
-            assert whole[:seam] + driver.ids(seam) == whole
+        continues(engine, prompt, whole)
+
+
+def test_steps_of_one_shape_continue_exactly_in_half_precision(folder):
+    """The log goes through the same steps once more: the very tokens, alone or among others."""
+    half = load(config(folder, context_length=LIMIT, dtype="bfloat16"), lambda *_: None)
+    assert half.replay
+    engine = Engine(dataclasses.replace(half, bucketed=BucketOptions(fixed=True)), 8)
+    for prompt in (text_prompt(9), image_prompt(half, seed=4)):
+        alone = Driver(engine)
+        alone.add(1, prompt, SAMPLED)
+        continues(engine, prompt, alone.drain().ids(1))
 
 
 def test_a_prefix_is_shared_between_rows_and_with_ended_ones(plain, driver):
