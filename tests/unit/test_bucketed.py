@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shared.protocol import SamplingParams
+from shared.settings import WorkerSettings
 from tests.engine_kit import GREEDY, Driver, config, image_prompt, oracle, text_prompt
 from worker.demo_model import ensure_demo_model
 from worker.engine.torchvision_shim import prepare_torchvision
@@ -14,6 +15,7 @@ from worker.engine.torchvision_shim import prepare_torchvision
 prepare_torchvision()  # before anything imports transformers
 # ruff: noqa: E402
 
+from worker.engine import loader
 from worker.engine.bucketed import BucketOptions, best_options
 from worker.engine.engine import Engine
 from worker.engine.loader import load
@@ -23,6 +25,7 @@ from worker.engine.ragged import PAGE
 from worker.engine.runner_setup import build_runner
 from worker.engine.sequence import Chunk, Sequence
 from worker.engine.token_pool import PooledCache
+from worker.main import engine_config
 
 pytestmark = [
     pytest.mark.timeout(120),  # real models, on machines that may be busy
@@ -284,3 +287,12 @@ def test_a_cpu_has_plain_steps(plain):
     """Nothing is gained by fixed shapes where a launch costs nothing."""
     assert best_options(plain.model, exact=True) is None
     assert plain.bucketed is None
+
+
+@pytest.mark.parametrize("setting", ["auto", "0"])
+def test_a_setting_turns_them_off(folder, monkeypatch, setting):
+    """With CUDA_GRAPHS=0 a model is decoded plainly wherever it is."""
+    monkeypatch.setattr(loader, "best_options", lambda _, *, exact: BucketOptions(fixed=exact))
+    settings = WorkerSettings(model_repo_id=str(folder), cuda_graphs=setting, context_length=LIMIT)
+    loaded = load(engine_config(settings), lambda *_: None)
+    assert loaded.bucketed == (BucketOptions(fixed=True) if setting == "auto" else None)
