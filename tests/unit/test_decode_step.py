@@ -13,6 +13,7 @@ prepare_torchvision()  # before anything imports transformers
 import transformers
 
 from worker.demo_model import ensure_demo_model
+from worker.engine import decode_step
 from worker.engine.engine import Engine
 from worker.engine.loader import load
 from worker.engine.model_runner import ModelRunner
@@ -35,10 +36,10 @@ def loaded(tmp_path_factory):
     return load(config(folder), lambda _stage, _fraction: None)
 
 
-def small(family: str, **settings) -> ModelRunner:
+def small(family: str, dtype=torch.float64, **settings) -> ModelRunner:
     made = getattr(transformers, f"{family}Config")(**SMALL, **settings)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(made).double().eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(made).to(dtype).eval()
     runner = ModelRunner(model.requires_grad_(False), 8, 64)
     runner.verify()
     return runner
@@ -89,11 +90,60 @@ def test_other_families_are_recorded(family):
 
 
 def test_a_forward_that_looks_at_its_tokens_is_not_recorded():
-    """Which experts a mixture runs depends on the tokens: a record would run the first ones."""
+    """Experts one by one, as the tokens choose them: a record would run the first batch's."""
     runner = small(
         "Mixtral", num_local_experts=8, num_experts_per_tok=1, experts_implementation="eager"
     )
     assert not runner.step.is_recorded
+
+
+def test_a_mixture_that_runs_all_of_its_experts_at_once_is_recorded():
+    """How Transformers runs it where nobody asks otherwise."""
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 1}
+    assert small("Mixtral", torch.float32, **experts).step.is_recorded
+
+
+def test_a_record_that_leaves_the_cache_as_it_was_is_dropped(monkeypatch):
+    """The next step's logits would be wrong, not this one's."""
+    update = decode_step._LentLayer.update
+
+    def forgetful(layer, *states, **options):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        return update(layer, *states, **options)
+
+    monkeypatch.setattr(decode_step._LentLayer, "update", forgetful)
+    assert not small("Qwen3").step.is_recorded
+
+
+def test_a_record_that_fails_later_gives_way_to_the_forward():
+    """The same step is run by the forward, and so are those that follow."""
+    runner = small("Qwen3")
+    rows = torch.tensor([[5, 0, 0], [9, 0, 0]])
+    with torch.inference_mode():
+        runner.cache.reserve(2, 4)
+        expected = runner.step(rows, 0, 0)
+
+        def broken(*_inputs):
+            raise RuntimeError("no longer")
+
+        runner.step._record = broken
+        assert torch.equal(runner.step(rows, 0, 0), expected)
+    assert not runner.step.is_recorded
+
+
+def test_a_record_that_lacks_memory_is_kept():
+    """One that fails for that makes room, as the forward would."""
+    runner = small("Qwen3")
+
+    def narrow(*_inputs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    runner.step._record = narrow
+    with torch.inference_mode():
+        runner.cache.reserve(2, 4)
+        with pytest.raises(RuntimeError, match="allocate"):
+            runner.step(torch.tensor([[5, 0, 0]]), 0, 0)
+    assert runner.step.is_recorded
 
 
 def test_a_forward_that_looks_at_its_positions_is_not_recorded():

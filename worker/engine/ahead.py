@@ -11,7 +11,8 @@ import logging
 import torch
 
 from worker.engine.device_draw import UNDECIDED, drawable
-from worker.engine.model_runner import ModelRunner, lacks_memory
+from worker.engine.memory import lacks_memory
+from worker.engine.model_runner import ModelRunner
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import Pending

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from worker.engine.model_runner import ModelRunner, lacks_memory
+from worker.engine.memory import lacks_memory
+from worker.engine.model_runner import ModelRunner
 from worker.engine.prefill import Failure
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from worker.engine.kv_cache import SlotCache
+from worker.engine.memory import lacks_memory
 
 log = logging.getLogger("unbroken.engine")
 
@@ -60,11 +61,22 @@ class DecodeStep:
         Returns:
             Logits `[B, V]`.
         """
-        if self._record is None:
-            return self._plain(rows, longest, first)
+        if self._record is not None:
+            try:
+                return self._recorded(self._record, rows, longest, first)
+            except RuntimeError as error:
+                if lacks_memory(error):
+                    raise
+                log.exception("the record of the decode step failed, and is dropped")
+                self.forget()
+        return self._plain(rows, longest, first)
+
+    def _recorded(
+        self, record: Callable[..., Tensor], rows: Tensor, longest: int, first: int
+    ) -> Tensor:
         # Without torch's own rewriting of the graph, which would begin anew for other shapes.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._record(*self._inputs(rows, longest, first))
+            return record(*self._inputs(rows, longest, first))
 
     def _plain(self, rows: Tensor, longest: int, first: int) -> Tensor:
         self._cache.plan.begin(rows[:, 1], longest, first)
@@ -93,18 +105,26 @@ class DecodeStep:
         Returns:
             Whether it was kept.
         """
-        probes = list(self._probes(vocab_size))
         try:
-            self._record = self._traced(*probes[0])
-            same = all(torch.equal(self._plain(*probe), self(*probe)) for probe in probes)
-        except Exception:
-            log.warning("the decode step cannot be recorded", exc_info=True)
+            probes = list(self._probes(vocab_size))
+            record = self._traced(*probes[0])
+            same = all(self._agrees(record, *probe) for probe in probes)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the forward itself runs
+            log.info("the decode step cannot be recorded", extra={"why": type(error).__name__})
             same = False
         self._cache.release()
-        if not same:
-            self.forget()
-            log.info("the decode step runs as the model's authors wrote it")
+        self._record = record if same else None
         return same
+
+    def _agrees(
+        self, record: Callable[..., Tensor], rows: Tensor, longest: int, first: int
+    ) -> bool:
+        """Whether a record gives the forward's logits, and leaves the same in the cache."""
+        logits = self._recorded(record, rows, longest, first)
+        states = self._inputs(rows, longest, first)[2:]
+        left = [state.clone() for state in states]
+        same = torch.equal(logits, self._plain(rows, longest, first))
+        return same and all(map(torch.equal, left, states))
 
     def forget(self) -> None:
         """Run the forward itself from now on."""

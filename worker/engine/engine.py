@@ -21,8 +21,8 @@ from worker.engine.drawing import Drawer
 from worker.engine.holding import Holding
 from worker.engine.loader import LoadedModel
 from worker.engine.logprobs import attach
+from worker.engine.memory import lacks_memory
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
-from worker.engine.model_runner import lacks_memory
 from worker.engine.outfit import FAILED, LOG_FAILED, prepare
 from worker.engine.prefill import Fresh, Prefill
 from worker.engine.prefix_cache import PrefixCache

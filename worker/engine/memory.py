@@ -1,10 +1,11 @@
-"""How much main memory is free."""
+"""How much main memory is free, and whether an error is for the want of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -15,3 +16,8 @@ def available_memory() -> int:
     if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         available = min(available, int(limit))
     return available
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether memory was short; torch's CPU allocator says so in a `RuntimeError`."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate" in str(error)

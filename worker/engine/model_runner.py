@@ -326,8 +326,3 @@ def _plain_layers(model: PreTrainedModel) -> int:
             f" ({', '.join(sorted(other))})"
         )
     return len(layers)
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Tell whether memory was short; torch's CPU allocator says so in a `RuntimeError`."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate" in str(error)
