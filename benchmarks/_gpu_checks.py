@@ -179,7 +179,7 @@ def determinism(bench: Bench) -> Cells:
 
 
 SCENES: dict[str, dict[str, bool]] = {
-    "alone in the first row": {},
+    "alone in the first row, again": {},
     "alone in the last row": {"last": True},
     "first row of a full batch": {"full": True},
     "last row of a full batch": {"full": True, "last": True},
@@ -188,19 +188,31 @@ SCENES: dict[str, dict[str, bool]] = {
 }
 
 
+def _scene(bench: Bench, mode: str, rows: int, standard: list[Tensor], **scene: bool) -> Figures:
+    """Compare the logits behind a sequence's known tokens with those of the first scene."""
+    if not standard:
+        standard.append(_logits(bench, mode, rows))
+    found = _logits(bench, mode, rows, **scene)
+    expected = standard[0][-len(found) :]
+    return {
+        "equal": bool(torch.equal(found, expected)),
+        "largest_difference": float((found - expected).abs().max()),
+        "equal_tokens": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+    }
+
+
 @torch.inference_mode()
-def _scene(
+def _logits(
     bench: Bench,
     mode: str,
     rows: int,
-    standard: list[Tensor],
     *,
     last: bool = False,
     full: bool = False,
     others_ahead: bool = False,
     whole: bool = False,
-) -> Figures:
-    """Compute the logits behind a sequence's known tokens, and compare them with the first scene's.
+) -> Tensor:
+    """Return the logits `[T, V]` behind a sequence's known tokens.
 
     `whole` prefills half of its answer, as a takeover without replay does; with `others_ahead` the
     other rows have been running for a while, as when a sequence is taken over.
@@ -222,15 +234,7 @@ def _scene(
     first = prefill(runner, fresh)[fresh.index(one)]
     at = sequences.index(one)
     steps = range(count - known - 1)
-    found = torch.stack([first, *(next_logits(runner, sequences)[at] for _ in steps)])
-    if not standard:
-        standard.append(found)
-    expected = standard[0][-len(found) :]
-    return {
-        "equal": bool(torch.equal(found, expected)),
-        "largest_difference": float((found - expected).abs().max()),
-        "equal_tokens": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
-    }
+    return torch.stack([first, *(next_logits(runner, sequences)[at] for _ in steps)])
 
 
 def _advance(runner: ModelRunner, others: list[Sequence], steps: int, place: int) -> None:

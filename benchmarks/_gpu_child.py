@@ -1,7 +1,8 @@
 """The process that measures for the GPU benchmark; told what, it answers in JSON lines.
 
-`python -m benchmarks._gpu_child '{"tiny": …, "sections": [["name", SECONDS], …]}'`: each section
-may begin new cells for so many seconds, counted from now.
+`python -m benchmarks._gpu_child '{"tiny": …, "until": …, "sections": [["name", SHARE], …],
+"skip": […]}'`: a section may begin new cells for its share of the time that is left until then, a
+value of the monotonic clock. Cells to skip, of the first section, have been tried before.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SECTIONS = {
     "static": static,
     "requests-compiled": requests_compiled,
 }
+NO_GPU = 4  # as in gpu.py
 LOST_DEVICE = 3  # exit code: what comes next needs another process
 
 
@@ -60,12 +62,16 @@ class Reporter:
         self._out.flush()
 
 
-def run_section(reporter: Reporter, name: str, bench: Bench, until: float) -> None:
+def run_section(
+    reporter: Reporter, name: str, bench: Bench, seconds: float, skip: list[str]
+) -> None:
     """Measure cell by cell, as long as there is time; say what came of each, and what did not."""
-    bench.until = until
-    reporter.say(name, event="begin")
+    bench.until = until = time.monotonic() + seconds
+    reporter.say(name, event="begin", seconds=seconds)
     left_out = []
     for cell, measure in SECTIONS[name](bench):
+        if cell in skip:
+            continue
         if time.monotonic() > until:
             left_out.append(cell)
             continue
@@ -91,18 +97,23 @@ def said(error: Exception) -> str:
 
 def main() -> None:
     """Run the sections that the command line names."""
-    began = time.monotonic()
     job = json.loads(sys.argv[1])
     reporter = Reporter()
     gc.collect()
     gc.freeze()  # a collection, each time that memory is given back, need not look at libraries
     bench = Bench(tiny=job["tiny"])
     if not bench.cuda:
+        if not job["tiny"]:
+            print("there is no GPU: only --tiny runs without", file=sys.stderr)
+            sys.exit(NO_GPU)
         torch.set_num_threads(1)
         # Generating code for a CPU takes longer than all the rest, and would tell nothing of a GPU.
         torch.compile = partial(torch.compile, backend="eager")
-    for name, seconds in job["sections"]:
-        run_section(reporter, name, bench, began + seconds)
+    shares = [share for _, share in job["sections"]]
+    for number, (name, share) in enumerate(job["sections"]):
+        left = job["until"] - time.monotonic()
+        skip = [] if number else job["skip"]
+        run_section(reporter, name, bench, left * share / sum(shares[number:]), skip)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from benchmarks._gpu_report import WRONG, aims, draw, markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# The sections in order, and their shares of the time. What one leaves, those behind it may use.
+# The sections in order, and what share each may have of the time that those before it have left.
 SHARES = {
     "environment": 6,
     "correctness": 14,
     "generate": 3,
-    "decode": 27,
+    "decode": 34,
     "determinism": 12,
     "large-batch": 13,
     "prefill": 4,
@@ -46,8 +47,11 @@ SHARES = {
     "requests-compiled": 2,  # an engine of this kind may need minutes: for a call of its own
 }
 GRACE = 45.0  # seconds that a figure under way may take beyond its section's end
+COLD = 120.0  # seconds after which a process says something, from a slow disk too
 LEAST = 15.0  # seconds below which no further process is started
 TINY_MINUTES = 2.5
+CHILD = (sys.executable, "-m", "benchmarks._gpu_child")
+NO_GPU = 4  # its exit code where only `--tiny` can run
 
 Report = dict[str, Any]
 
@@ -57,10 +61,11 @@ class Run:
 
     Args:
         args: the command line.
+        child: starts the process that measures.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._began = args, time.monotonic()
+    def __init__(self, args: argparse.Namespace, child: Sequence[str] = CHILD) -> None:
+        self._args, self._child, self._began = args, child, time.monotonic()
         self._seconds = 60.0 * args.minutes
         self.report: Report = {
             "date": f"{dt.datetime.now(dt.timezone.utc):%Y-%m-%d}",
@@ -68,6 +73,7 @@ class Run:
             "minutes": args.minutes,
             "load": os.getloadavg()[0],
             "complete": False,
+            "deaths": 0,
             "sections": {
                 name: {"status": "not run", "cells": {}, "left_out": []} for name in args.sections
             },
@@ -85,9 +91,8 @@ class Run:
     @property
     def well(self) -> bool:
         """Whether it came to its end, no process died, and nothing that was checked is wrong."""
-        died = any(s["status"].startswith("failed") for s in self.report["sections"].values())
         wrong = any(aim["said"] == WRONG for aim in self.report["aims"])
-        return bool(self.report["complete"]) and not died and not wrong
+        return bool(self.report["complete"]) and not self.report["deaths"] and not wrong
 
     def save(self) -> None:
         """Write all that is known; whoever reads finds an old or a new file, and a whole one."""
@@ -119,21 +124,20 @@ class Run:
     def _left(self) -> float:
         return self._began + self._seconds - time.monotonic()
 
-    def _ends_in(self, section: str) -> float:
-        """Return the seconds until a section should be over."""
-        shares = [SHARES[name] for name in self._args.sections]
-        later = shares[self._args.sections.index(section) + 1 :]
-        return self._left() - sum(later) / sum(shares) * self._seconds
-
     def _process(self, sections: list[str]) -> list[str]:
         """Have a process measure; return the sections that are left when it has ended."""
         job = {
             "tiny": self._args.tiny,
-            "sections": [[name, self._ends_in(name)] for name in sections],
+            "until": self._began + self._seconds,  # by a clock that all processes share
+            "sections": [[name, SHARES[name]] for name in sections],
+            "skip": list(self.report["sections"][sections[0]]["cells"]),
         }
-        argv = [sys.executable, "-m", "benchmarks._gpu_child", json.dumps(job)]
         child = subprocess.Popen(
-            argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [*self._child, json.dumps(job)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         try:
             return self._follow(child, sections)
@@ -145,10 +149,11 @@ class Run:
     def _follow(self, child: subprocess.Popen[str], sections: list[str]) -> list[str]:
         lines = queue.Queue[str]()
         threading.Thread(target=_feed, args=(child, lines), daemon=True).start()
-        left = list(sections)
+        left, known = list(sections), len(self.report["sections"][sections[0]]["cells"])
+        until = time.monotonic() + COLD
         while left:
             section = self.report["sections"][left[0]]
-            patience = min(self._ends_in(left[0]) + GRACE, self._left())
+            patience = min(until - time.monotonic(), self._left())
             try:
                 line = lines.get(timeout=max(patience, 0.1))
             except queue.Empty:
@@ -157,13 +162,26 @@ class Run:
                 self.save()
                 return left[1:]
             if not line:
-                section["status"] = f"failed: its process ended with {child.wait()}"
-                section.pop("cell", None)
-                self.save()
-                return left[1:]
-            if self._take(json.loads(line)):
+                return self._died(child.wait(), left, known)
+            told = json.loads(line)
+            if told.get("event") == "begin":
+                until = time.monotonic() + told["seconds"] + GRACE
+            if self._take(told):
                 left.pop(0)
+                known = 0
         return left
+
+    def _died(self, code: int, left: list[str], known: int) -> list[str]:
+        """Note that a process died; return what is left: its section too, if it had got on."""
+        section, why = self.report["sections"][left[0]], f"its process ended with {code}"
+        if code == NO_GPU:
+            self._seconds = 0.0  # another process finds none either
+        self.report["deaths"] += 1
+        if cell := section.pop("cell", ""):
+            section["cells"][cell] = {"failed": why}
+        section["status"] = f"failed: {why}"
+        self.save()
+        return left if len(section["cells"]) > known else left[1:]
 
     def _take(self, told: Report) -> bool:
         """Note what a line says; return whether it ends a section."""
@@ -175,10 +193,10 @@ class Run:
             section["cell"] = told["cell"]
             print(f"{told['section']}: {told['cell']}", file=sys.stderr, flush=True)
         elif event == "end":
-            section.pop("cell", None)
             section["left_out"] += told["left_out"]
             section["status"] = "cut" if section["left_out"] else "done"
         else:
+            section.pop("cell", None)
             section["cells"][told["cell"]] = told["figures"]
         self.save()
         return event == "end"
@@ -187,8 +205,9 @@ class Run:
 def _feed(child: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
     """Pass on a process's lines, and an empty one at its end."""
     assert child.stdout is not None
-    for line in child.stdout:
-        lines.put(line)
+    with child.stdout:
+        for line in child.stdout:
+            lines.put(line)
     lines.put("")
 
 
@@ -205,7 +224,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=list(SHARES), default=list(SHARES))
     args = parser.parse_args()
     args.minutes = args.minutes or (TINY_MINUTES if args.tiny else 8.0)
-    args.sections = [name for name in SHARES if name in args.sections]
+    always = next(iter(SHARES))  # what the verdicts stand on
+    args.sections = [name for name in SHARES if name in {always, *args.sections}]
     return args
 
 

@@ -13,6 +13,8 @@ import pytest
 from benchmarks.gpu import SHARES
 from tests.stack import ROOT, wait_until
 
+pytestmark = pytest.mark.timeout(360)
+
 ABSENT = ("msgspec", "llguidance", "redis", "arq", "hiredis", "pydantic_settings", "fastapi")
 """Packages that a GPU machine with PyTorch and Transformers need not have."""
 
@@ -28,7 +30,7 @@ def bare(tmp_path_factory) -> dict[str, str]:
 
 def command(folder: Path, *more: str) -> list[str]:
     bench = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(folder / "gpu")]
-    return [*bench, *more]
+    return [*bench, "--minutes", "5", *more]  # a minute does, on a machine with nothing else to do
 
 
 def read(folder: Path) -> dict:
@@ -45,7 +47,7 @@ def whole(bare, tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict, st
     """A run of all sections: how it ended, its JSON, its text."""
     folder = tmp_path_factory.mktemp("gpu")
     argv = [sys.executable, "run.py", "bench", "--no-install", "gpu", *command(folder)[3:]]
-    done = subprocess.run(argv, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(argv, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=330)
     return done, read(folder), (folder / "gpu.md").read_text()
 
 
@@ -97,7 +99,7 @@ def test_what_is_right_is_judged_and_speed_is_not(whole):
         for name, cell in report["sections"]["determinism"]["cells"].items()
         if name.startswith("exact") and "equal" in cell
     }
-    assert len(exact) == 6
+    assert len(exact) == 6  # on a CPU too, where rows are decoded one by one for it
     assert all(equal for name, equal in exact.items() if "prefilled" not in name)
 
 
@@ -121,7 +123,7 @@ def test_a_killed_run_leaves_what_it_has_measured(bare, tmp_path):
 
 
 def test_a_lost_device_costs_its_section_alone(bare, tmp_path):
-    """When the measuring process dies, another one goes on with the next section."""
+    """When the measuring process dies before it said a word, another one takes the next section."""
     argv = command(tmp_path, "--sections", "environment", "prefill")
     run = psutil.Popen(argv, cwd=ROOT, env=bare, stderr=subprocess.DEVNULL)
     try:

@@ -116,15 +116,59 @@ def test_the_text_names_what_is_missing(report, tmp_path):
     assert (tmp_path / "chart.png").stat().st_size > 0
 
 
+DYING = """
+import json, sys
+job = json.loads(sys.argv[1])
+for number, (name, _) in enumerate(job["sections"]):
+    print(json.dumps({"section": name, "event": "begin", "seconds": 9}), flush=True)
+    for cell in ("a", "b", "c"):
+        if number == 0 and cell in job["skip"]:
+            continue
+        print(json.dumps({"section": name, "event": "cell", "cell": cell}), flush=True)
+        if (name, cell) == ("decode", "b"):
+            sys.exit(3)
+        print(json.dumps({"section": name, "cell": cell, "figures": {}}), flush=True)
+    print(json.dumps({"section": name, "event": "end", "left_out": []}), flush=True)
+"""
+
+
+def begin(child: list[str], minutes: float = 1.0) -> gpu.Run:
+    args = argparse.Namespace(
+        minutes=minutes, tiny=True, out=None, sections=["environment", "decode", "static"]
+    )
+    return gpu.Run(args, child)
+
+
+def test_a_process_that_dies_costs_one_figure():
+    """The next process goes on behind the figure that the last one died of."""
+    run = begin([sys.executable, "-c", DYING])
+    run.measure()
+    sections = run.report["sections"]
+    assert [list(section["cells"]) for section in sections.values()] == [["a", "b", "c"]] * 3
+    assert sections["decode"]["cells"]["b"] == {"failed": "its process ended with 3"}
+    assert {section["status"] for section in sections.values()} == {"done"}
+    assert (run.report["complete"], run.report["deaths"], run.well) == (True, 1, False)
+
+
+def test_a_process_that_never_begins_is_not_tried_for_ever():
+    """Each section is given up whose process says nothing; without a GPU, all are at once."""
+    run = begin([sys.executable, "-c", "import sys; sys.exit(1)"])
+    run.measure()
+    assert run.report["deaths"] == 3
+    assert {s["status"] for s in run.report["sections"].values()} == {
+        "failed: its process ended with 1"
+    }
+    none = begin([sys.executable, "-c", f"import sys; sys.exit({gpu.NO_GPU})"])
+    none.measure()
+    assert (none.report["deaths"], none.report["complete"]) == (1, False)
+
+
 def test_a_section_that_hangs_is_cut():
     """A process that says nothing until its time is up is given up, with what was under way."""
-    args = argparse.Namespace(
-        minutes=0.005, tiny=True, out=None, sections=["environment", "static"]
-    )
-    run = gpu.Run(args)
+    run = begin([], minutes=0.005)
     run.report["sections"]["environment"]["cell"] = "copy"
     with subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, text=True) as hung:
-        assert run._follow(hung, args.sections) == ["static"]
+        assert run._follow(hung, ["environment", "static"]) == ["static"]
         hung.kill()
     section = run.report["sections"]["environment"]
     assert (section["status"], section["left_out"]) == ("cut", ["copy"])
