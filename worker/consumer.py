@@ -52,7 +52,7 @@ IDLE_SECONDS = 1.0
 """Longest sleep of an idle worker: it looks for sessions whose worker died."""
 
 PAUSE_SECONDS = 0.5
-"""Pause after Redis failed."""
+"""Pause after Redis failed, and longest sleep of a worker without room."""
 
 CLAIM_AT_ONCE = 4
 """Most sessions of one claim, so that a burst spreads over the workers."""
@@ -154,28 +154,25 @@ class LeasedWorker(Worker):
             await _through_outages(self._poll_iteration, outage)
 
     async def _poll_iteration(self) -> None:
-        """Claim what fits and start it, else wait: for the bell, room, an expiring lease."""
+        """Claim what fits and start it, else wait: for room, or the bell, or an expiring lease."""
         if time.monotonic() - self._renewed > LEASE_MS / 2000:
             await self._renew()  # after an outage: our own sessions must not look abandoned
         self._intake.changed.clear()
-        free, room = max(0, self.max_jobs - self.taken), self._intake.room()
-        if free and not room:  # others may take what waits, meanwhile
-            await self._change_of_room(PAUSE_SECONDS)
-            return
-        claim = await self._queue.claim(self.worker_id, min(free, room, CLAIM_AT_ONCE))
+        # Also for no slot: what a dead worker left is put back, and the bell rung for another
+        # worker, since we may have taken the ring that was meant for whoever has room.
+        claim = await self._queue.claim(self.worker_id, min(self._free(), CLAIM_AT_ONCE))
         for claimed, choices in zip(claim.sessions, claim.choices, strict=True):
             self._start(claimed, choices)
-        if claim.sessions and self.taken < self.max_jobs:
-            return
-        if self.taken >= self.max_jobs:
-            await self._change_of_room(IDLE_SECONDS)
-            return
-        expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
-        await self._bell.wait_for_work(min(IDLE_SECONDS, max(expiry, 0.05)))
+        if not self._free():  # leave the bell to those that have room
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._intake.changed.wait(), PAUSE_SECONDS)
+        elif not claim.sessions:
+            expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
+            await self._bell.wait_for_work(min(IDLE_SECONDS, max(expiry, 0.05)))
 
-    async def _change_of_room(self, seconds: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._intake.changed.wait(), seconds)
+    def _free(self) -> int:
+        """Return how many slots may be claimed now; never below 0."""
+        return max(0, min(self.max_jobs - self.taken, self._intake.room()))
 
     def _start(self, claimed: Claimed, choices: int) -> None:
         sid = claimed.session_id

@@ -112,7 +112,7 @@ class Worker:
     """A real `LeasedWorker` with a scripted engine."""
 
     def __init__(self, name, url, engine):
-        self.store, self.bell = Store(connect(url)), Store(connect(url))
+        self.store, self.bell = Store(connect(url)), Store(connect(url, socket_timeout=90))
         self.queue = SessionQueue(self.store, kept_seconds=60, watch_ms=60_000, model="m")
         bell = SessionQueue(self.bell, kept_seconds=60, watch_ms=60_000, model="m")
         self.engine, self.prompts = engine, ScriptedPrompts()
@@ -484,3 +484,71 @@ async def test_slow_media_keep_nobody_out(make, store, monkeypatch):
     worker.start()
     while len(waiting) < 3 * AT_ONCE:
         await asyncio.sleep(0.005)
+
+
+def fill(worker):
+    """Take all its room: sessions wait for its engine, and will be taken off by hand."""
+    for number in range(AT_ONCE):
+        worker.consumer._intake.take(f"x{number}")
+        worker.consumer._intake.send(f"x{number}")
+
+
+async def blocked(store, count):
+    """Wait until so many workers wait for the bell."""
+    while (await store.redis.info("clients"))["blocked_clients"] != count:
+        await asyncio.sleep(0.005)
+
+
+async def test_a_worker_without_room_passes_the_ring_on(make, log, store, monkeypatch):
+    """Whoever has waited longest hears the bell; if its room is gone by then, the next one does."""
+    monkeypatch.setattr(consumer, "IDLE_SECONDS", 60)
+    first, second = make("w1"), make("w2")
+    first.start()
+    await blocked(store, 1)
+    second.start()
+    await blocked(store, 2)
+    fill(first)
+    await submit(first.queue, "s")
+    _, text = await asyncio.wait_for(ended(log, "s"), 10)
+    assert text == WHOLE
+    assert (await store.redis.hget(keys.session("s"), "ended_by")).startswith(b"w2")
+
+
+async def test_a_worker_without_room_frees_what_a_dead_one_left(make, log, store):
+    """The session waits for whoever has room first, instead of for this worker's."""
+    worker = make()
+    await orphans(worker, store, "s")
+    fill(worker)
+    worker.start()
+    while (await log.record("s")).status != "queued":
+        await asyncio.sleep(0.005)
+    assert worker.consumer.running == 0
+
+
+async def test_workers_without_room_do_not_ring_for_each_other(make, log, store, monkeypatch):
+    """Each asks once and waits for room of its own, so a full fleet does not spin."""
+    monkeypatch.setattr(consumer, "PAUSE_SECONDS", 60)
+    workers, claims = [make("w1"), make("w2")], {"w1": 0, "w2": 0}
+    await submit(workers[0].queue, "s")
+
+    def count(queue):
+        claim = queue.claim
+
+        async def counted(worker_id, slots):
+            claims[worker_id] += 1
+            return await claim(worker_id, slots)
+
+        monkeypatch.setattr(queue, "claim", counted)
+
+    for worker in workers:
+        count(worker.queue)
+        fill(worker)
+        worker.start()
+    while 0 in claims.values():
+        await asyncio.sleep(0.005)
+    for _ in range(100):  # as many turns as a ring would take to go around
+        assert await store.redis.llen(keys.work_bell("m")) == 1
+    assert claims == {"w1": 1, "w2": 1}
+    workers[0].consumer._intake.leave("x0")
+    assert (await ended(log, "s"))[1] == WHOLE
+    assert claims["w2"] == 1
