@@ -205,6 +205,11 @@ def parameter(name, value):
         (tagged(parameter("maybe", '"a"')), "", [("look", {"maybe": "a"})]),
         (tagged(parameter("day", "2024")), "", [("look", {"day": "2024"})]),
         (tagged(parameter("n", '["</parameter>"]')), "", [("look", {"n": ["</parameter>"]})]),
+        (
+            tagged(parameter("n", '["</parameter>\\n</function>", {"a\\"": ["<b>"]}, 12]')),
+            "",
+            [("look", {"n": ["</parameter>\n</function>", {'a"': ["<b>"]}, 12]})],
+        ),
         (tagged(parameter("n", "NaN")), "", [("look", {"n": "NaN"})]),
         (tagged(parameter("at", "a") + parameter("at", "b")), "", [("look", {"at": "a"})]),
         (tagged(f"{parameter('at', 'a')} words </odd>"), "", [("look", {"at": "a"})]),

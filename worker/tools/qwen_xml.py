@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from worker.tools.arguments import Arguments
 from worker.tools.parser import Found, ToolParser
 from worker.tools.text import overlap
+from worker.tools.value_end import TAG as END_PARAMETER
+from worker.tools.value_end import ValueEnd
 from worker.tools.xml_grammar import SPACE, call_body
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+PARAMETER = "<parameter="
 HELD_MOST = 8192
 """Characters of a call without a name or a parameter; longer, it is no call but text."""
 
@@ -26,7 +28,6 @@ _MAYBE_HEAD = re.compile(r"\s*(<function=[^<>\n]{1,256}>\s*(<parameter=[^<>\n]{0
 _KEY = re.compile(PARAMETER + _NAME)
 _MAYBE_KEY = re.compile(PARAMETER + r"[^<>\n]{0,256}")
 _BLANK = re.compile(r"\s*")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class QwenXmlToolParser(ToolParser):
@@ -45,6 +46,7 @@ class QwenXmlToolParser(ToolParser):
         self._arguments = Arguments("")
         self._keys = set[str]()
         self._key = ""
+        self._value_end = ValueEnd()
         self._at_start = False  # of a value: one newline is not part of it
         self._after_call = False  # blanks between calls, or behind the last, are not shown
 
@@ -165,7 +167,7 @@ class QwenXmlToolParser(ToolParser):
         return "}" if self._keys else "{}"
 
     def _open(self, tag: re.Match[str]) -> Found:
-        self._key, self._at_start = tag.group(1), True
+        self._key, self._at_start, self._value_end = tag.group(1), True, ValueEnd()
         if self._key in self._keys:
             self._state = "twice"
             return Found("markup", tag.end())
@@ -198,9 +200,7 @@ class QwenXmlToolParser(ToolParser):
 
     def _value(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
         """Take a value of another kind, all at once."""
-        end = text.find(END_PARAMETER)
-        while end >= 0 and _in_string(text[:end]):
-            end = text.find(END_PARAMETER, end + 1)
+        end = self._value_end.find(text, final=final)
         if end < 0:
             return Found("arguments", len(text), arguments=text.lstrip()) if final else None
         self._state = "body"
@@ -253,11 +253,3 @@ def _may_be_name(text: str, tag: str) -> bool:
     """Tell whether a text is a tag with a name in it that is not complete."""
     name = text[len(tag) :]
     return text.startswith(tag) and len(name) <= 256 and not re.search(r"[<>\n]", name)
-
-
-def _in_string(text: str) -> bool:
-    """Tell whether a text that looks like JSON ends inside of a string."""
-    if not text.lstrip().startswith(("{", "[", '"')):
-        return False
-    rest: Any = _STRING.sub("", text)
-    return '"' in rest
