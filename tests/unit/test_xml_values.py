@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.test_tool_parsers import FUNCTIONS, XML, answer, parameter, tagged
 from worker.tools import PARSERS
+from worker.tools.arguments import Arguments
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,25 @@ def test_a_quotation_mark_without_a_second_one_stays_in_its_value(value, break_)
         {"maybe": value, "many": 5},
         {"at": "the {sea}", "n": [1, {}]},
     ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "word", "value"),
+    [
+        ({"type": "boolean"}, "True", True),
+        ({"type": "boolean"}, "False\n", False),
+        ({"type": ["integer", "null"]}, "None", None),
+        ({"enum": [True, 5]}, "True", True),
+        ({"type": ["boolean", "string"]}, "True", "True"),
+        ({"type": "integer"}, "True", "True"),
+        ({}, "None", "None"),
+        ({"type": "boolean"}, "yes", "yes"),
+    ],
+)
+def test_pythons_words_are_values_where_the_schema_has_their_type(schema, word, value):
+    """A boolean or null that is written as in Python is one, unless it may be a string."""
+    arguments = Arguments(json.dumps({"properties": {"a": schema}}))
+    assert json.loads(arguments.json_of("a", f"\n{word}\n")) == value
 
 
 @pytest.mark.parametrize("unit", ["</parameter>", '\\"', "<", '", "', "1"])

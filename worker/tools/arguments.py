@@ -19,6 +19,9 @@ PLAIN = frozenset(
 ) | {"examples", "$comment", "deprecated", "readOnly", "writeOnly"}
 """What a schema of a string may say that is written without quotation marks."""
 
+PYTHON = {"True": ("boolean", "true"), "False": ("boolean", "false"), "None": ("null", "null")}
+"""Words that models write instead of JSON's: the type, and JSON's word."""
+
 MOST_REFERENCES = 32
 
 
@@ -46,12 +49,16 @@ class Arguments:
         """Return an argument as JSON: of what is written, or else of a string.
 
         What is JSON of a type that the schema does not allow, but a string would be, is a string.
+        Python's words count as JSON's where the schema has their type, and no string.
         """
+        types = self._types(self.of(key))
+        kind, word = PYTHON.get(text.strip(), ("", ""))
+        if kind in types and "string" not in types:
+            return word
         try:
             value = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return json.dumps(text.removeprefix("\n").removesuffix("\n"), ensure_ascii=False)
-        types = self._types(self.of(key))
         kind = TYPES[type(value)]
         known = kind in types or (kind == "integer" and "number" in types)
         if types and not known and "string" in types:
@@ -87,6 +94,8 @@ class Arguments:
 def is_text(schema: Any) -> bool:
     """Tell whether a schema is that of a string, and no more than a count of letters or a list."""
     if not isinstance(schema, dict) or not schema.keys() <= PLAIN:
+        return False
+    if not isinstance(schema.get("enum", []), list):
         return False
     values = [*_list(schema, "enum"), *([schema["const"]] if "const" in schema else [])]
     if any(not isinstance(value, str) or "</parameter>" in value for value in values):
