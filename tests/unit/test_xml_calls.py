@@ -122,8 +122,19 @@ def test_a_strict_call_follows_its_schema(text, accepted):
         {"type": "object", "properties": {"a": {"enum": ["abc"], "maxLength": 2}}},
         {"type": "object", "properties": {"a": {"type": "strange"}}},
         {"type": "object", "required": ["a"], "additionalProperties": False},
+        {"type": "object"},
+        {"type": "object", "properties": {}, "additionalProperties": True},
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "string"}},
+        {"type": "object", "properties": {"a": {"type": "string", "enum": []}}},
+        {"type": "object", "properties": {"a": {"type": "string", "enum": "xyz"}}},
+        {"type": "object", "properties": {"a": {"type": "string", "enum": 5}}},
+        {"type": "object", "properties": {"a": {}}, "required": "a"},
     ],
-    ids=["anyOf", "patterns", "ref", "name", "nothing", "type", "missing"],
+    ids=[
+        *("anyOf", "patterns", "ref", "name", "nothing", "type", "missing", "any", "more", "map"),
+        *("beside", "empty", "text", "number", "required"),
+    ],
 )
 def test_what_tags_cannot_say_is_refused(schema):
     """A call that has to follow such a schema is a 400 that names the tools."""
@@ -132,3 +143,70 @@ def test_what_tags_cannot_say_is_refused(schema):
         check(xml(schema))
     assert (caught.value.code, caught.value.param) == ("invalid_value", "tools")
     check(xml(SEA))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {}},
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": True},
+        {"type": "object", "required": ["a"]},
+        {"type": "object", "properties": {"a": {"enum": ["é", "水"], "const": "é"}}},
+        {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/b%20c"}},
+            "required": ["a"],
+            "$defs": {
+                "b c": {"items": {"$ref": "#/$defs/d~1e/not"}},
+                "d/e": {"not": {"type": "null"}},
+            },
+        },
+    ],
+    ids=["none", "named", "required", "letters", "refs"],
+)
+def test_what_tags_can_say_is_taken(schema):
+    """Neither a function without arguments nor a definition of a definition is refused."""
+    grammar.create()(xml(schema))
+
+
+def test_a_parameter_takes_its_own_definitions_along():
+    """The grammar grows with what parameters refer to, not with all that could be referred to."""
+    long = {"enum": ["a" * 30_000]}
+    text = json.dumps({"type": "integer"})
+    schema = {
+        "type": "object",
+        "properties": {f"p{n}": {} for n in range(400)} | {"q": {"$ref": "#/$defs/short"}},
+        "$defs": {"long": long, "short": {"type": "integer"}},
+    }
+    built = grammar.build(xml(schema))
+    assert text in built
+    assert "a" * 30_000 not in built
+    assert len(built) < 65536 * 4
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_grammar_that_would_be_too_long_is_refused(lazy):
+    """Parameters that repeat a long definition end in a 400, before all of it is written."""
+    schema = {
+        "type": "object",
+        "properties": {f"p{n}": {"$ref": "#/$defs/long"} for n in range(400)},
+        "required": [f"p{n}" for n in range(400)],
+        "$defs": {"long": {"enum": ["a" * 30_000]}},
+    }
+    form = offered(schema=schema, tools="qwen-xml") if lazy else xml(schema)
+    with pytest.raises(UnbrokenError, match="too complex") as caught:
+        grammar.build(form)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "tools")
+    few = {**schema, "properties": {"p": {"$ref": "#/$defs/long"}}}
+    functions = tuple((f"f{n}", check_schema(few, "tools")) for n in range(50))
+    with pytest.raises(UnbrokenError, match="too complex"):
+        grammar.build(AnswerForm(tools="qwen-xml", functions=functions, required=True))
+
+
+def test_the_choices_of_a_prompt_share_the_text_of_their_grammar(engine, monkeypatch):
+    """It is written once, however many there are."""
+    built, build = [], grammar.build
+    monkeypatch.setattr(grammar, "build", lambda *a, **k: built.append(a) or build(*a, **k))
+    work = prompt(xml({**SEA, "title": "new"}), 1), sampling(max_tokens=3)
+    run(engine, *[work] * 4)
+    assert len(built) == 1

@@ -6,6 +6,7 @@ All of it follows from the sequence's tokens, so a successor comes to the same.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from worker import grammar
@@ -17,10 +18,13 @@ from worker.tools.text import overlap
 if TYPE_CHECKING:
     from worker.engine.grammars import Compilation
     from worker.engine.loader import LoadedModel
+    from worker.engine.messages import AnswerForm
     from worker.engine.sequence import Sequence
 
 NO_GRAMMAR = "'{}' cannot be followed by this model."
 LATE_GRAMMAR = "'{}' could not be prepared in time."
+KNOWN_TEXTS = 4
+"""Grammars whose text is kept for the next sequence."""
 
 log = logging.getLogger("unbroken.engine.constraint")
 
@@ -44,6 +48,7 @@ class Tokens:
         self.close_ids: list[int] = loaded.tokenizer.encode(CLOSE, add_special_tokens=False)
         self._tokenizer = self._make(loaded, vocab_size)
         self.grammars = Grammars(self._tokenizer) if self._tokenizer else None
+        self._build = lru_cache(KNOWN_TEXTS)(self._text)  # all choices of a prompt have the same
         self._past: dict[str, dict[int, list[int]]] = {}
         if self._tokenizer:
             for tag in (CLOSE, *(parser.opening for parser in PARSERS.values())):
@@ -55,7 +60,7 @@ class Tokens:
         Raises:
             ValueError: there are no grammars for this tokenizer.
         """
-        text = grammar.build(sequence.prompt.form, self._quote, thinking=sequence.prompt.thinking)
+        text = self._build(sequence.prompt.form, sequence.prompt.thinking)
         if not text:
             return None
         if self.grammars is None:
@@ -70,6 +75,9 @@ class Tokens:
         if tag not in self._past:
             self._past[tag] = self._tokens_past(tag)
         return self._past[tag].get(size, [])
+
+    def _text(self, form: AnswerForm, thinking: bool) -> str:  # noqa: FBT001  # a part of a key
+        return grammar.build(form, self._quote, thinking=thinking)
 
     def _make(self, loaded: LoadedModel, vocab_size: int) -> Any:
         backend = getattr(loaded.tokenizer, "backend_tokenizer", None)

@@ -12,7 +12,7 @@ from worker.tools.parser import Found, ToolParser
 from worker.tools.text import overlap
 from worker.tools.value_end import TAG as END_PARAMETER
 from worker.tools.value_end import ValueEnd
-from worker.tools.xml_grammar import SPACE, call_body
+from worker.tools.xml_grammar import SPACE, call_body, within_bounds
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
@@ -69,8 +69,10 @@ class QwenXmlToolParser(ToolParser):
             f"calls: call {more}",
             "call: " + " | ".join(f"call_{n}" for n in range(len(functions))),
         ]
+        size = 0
         for n, (name, schema) in enumerate(functions):
             body = call_body(f"call_{n}", schema)
+            size = within_bounds(body.rules, size)
             head, tail = quote(f"\n{FUNCTION}{name}>\n"), quote(f"{END_FUNCTION}\n")
             rules.append(f"call_{n}: {quote(OPEN)} {head} {body.rule} {tail} {quote(CLOSE)}")
             rules += body.rules
@@ -99,9 +101,11 @@ class QwenXmlToolParser(ToolParser):
         ]
         if free:
             rules.append(f"FREE: /({'|'.join(free)})>(.|\\n)*/")
+        size = 0
         for n, (name, schema) in enumerate(functions):
             if name in strict:
                 body = call_body(f"call_{n}", schema)
+                size = within_bounds(body.rules, size)
                 rules.append(f"NAME_{n}: /{re.escape(name)}>{SPACE}/")
                 rules.append(f"call_{n}: NAME_{n} {body.rule} TAIL {quote(CLOSE)}")
                 rules += body.rules

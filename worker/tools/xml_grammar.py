@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from shared.errors import UnbrokenError
 from worker.tools.arguments import is_text
@@ -17,6 +18,9 @@ _FIELDS = frozenset(("type", "properties", "required", "additionalProperties", "
 _FIELDS |= {"definitions", "description", "$schema", "$id", "$comment", "default", "examples"}
 _FIELDS |= {"x-guidance", "strict"}
 _DEFINITIONS = ("$defs", "definitions")
+MOST_CHARACTERS = 16 * 65536
+"""Of the rules of all functions: twice their schemas, since parameters repeat their definitions."""
+
 _NO_END = r"~/(?s:.*)<\/parameter>(?s:.*)/"  # in a value, the tag that ends it
 
 
@@ -36,13 +40,12 @@ def call_body(prefix: str, schema: str) -> Body:
 
     Raises:
         UnbrokenError: `invalid_value`, where the schema says more than what each of the parameters
-            is, or where a name cannot stand in a tag.
+            is, where a name cannot stand in a tag, or where the rules become too long.
     """
     root: dict[str, Any] = json.loads(schema)
-    if extra := sorted(root.keys() - _FIELDS):
-        raise _cannot(f"'{extra[0]}' beside 'properties'")
     properties, required = root.get("properties") or {}, root.get("required") or []
-    parts, rules = [], list[str]()
+    _refuse_more(root)
+    parts, rules, size = [], list[str](), 0
     for number, name in enumerate([*properties, *_missing(required, properties)]):
         inner = properties.get(name, root.get("additionalProperties", True))
         if name not in required and inner is False:
@@ -51,8 +54,36 @@ def call_body(prefix: str, schema: str) -> Body:
             raise _cannot("a property whose name cannot stand in a tag")
         rule = f"{prefix}_p{number}"
         rules += _parameter(rule, name, inner, root)
+        size = within_bounds(rules[-2:], size)
         parts.append(rule if name in required else f"{rule}?")
     return Body(" ".join(parts) or '""', rules)
+
+
+def within_bounds(rules: Iterable[str], size: int) -> int:
+    """Add the length of rules to that of others.
+
+    Raises:
+        UnbrokenError: `invalid_value`, where that is more than a request's may have.
+    """
+    size += sum(map(len, rules))
+    if size > MOST_CHARACTERS:
+        raise UnbrokenError("invalid_value", "'tools' is too complex to be followed.", "tools")
+    return size
+
+
+def _refuse_more(root: dict[str, Any]) -> None:
+    """Refuse a schema that asks for more than the parameters that it names."""
+    if extra := sorted(root.keys() - _FIELDS):
+        raise _cannot(f"'{extra[0]}' beside 'properties'")
+    properties, required = root.get("properties") or {}, root.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise _cannot("'properties' that are no object or 'required' that is no list")
+    others = root.get("additionalProperties", True)
+    if isinstance(others, dict) and others:
+        raise _cannot("what properties without a name are")
+    asked = "properties" not in root or "additionalProperties" in root  # else: no arguments
+    if others is not False and asked and not properties and not any(_missing(required, {})):
+        raise _cannot("an object whose properties have no names")
 
 
 def _missing(required: list[Any], properties: dict[str, Any]) -> Iterator[str]:
@@ -67,20 +98,35 @@ def _parameter(rule: str, name: str, schema: Any, root: dict[str, Any]) -> list[
         return [f"{rule}: {head} {value}", f"{value}: {_text(schema)} {end}"]
     if not isinstance(schema, dict):
         schema = {} if schema else {"not": {}}
-    definitions = {field: root[field] for field in _DEFINITIONS if field in root}
-    inner = {**schema, **definitions}
-    if not all(ref.startswith(("#/$defs/", "#/definitions/")) for ref in _references(inner)):
-        raise _cannot("a '$ref' to something else than a definition")
-    inner["x-guidance"] = root.get("x-guidance", {})
-    return [f"{rule}: {head} {rule}_value {end}", f"{rule}_value: %json {json.dumps(inner)}"]
+    own = {field: value for field, value in schema.items() if field not in _DEFINITIONS}
+    inner = {**own, **_definitions(own, root), "x-guidance": root.get("x-guidance", {})}
+    text = json.dumps(inner, ensure_ascii=False)
+    return [f"{rule}: {head} {rule}_value {end}", f"{rule}_value: %json {text}"]
+
+
+def _definitions(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the root's definitions that a schema refers to, in one way or another."""
+    found: dict[str, dict[str, Any]] = {}
+    left = [*_references(schema)]
+    while left:
+        place = [
+            part.replace("~1", "/").replace("~0", "~") for part in unquote(left.pop()).split("/")
+        ]
+        if len(place) < 3 or place[0] != "#" or place[1] not in _DEFINITIONS:
+            raise _cannot("a '$ref' to something else than a definition")
+        _, field, name, *_ = place
+        known = root.get(field)
+        if isinstance(known, dict) and name in known and name not in found.get(field, {}):
+            found.setdefault(field, {})[name] = known[name]
+            left += _references(known[name])
+    return found
 
 
 def _text(schema: dict[str, Any]) -> str:
     """Return the terminal of a string without quotation marks."""
-    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
-    if values:
-        if "const" in schema and "enum" in schema:
-            values = [schema["const"]] if schema["const"] in schema["enum"] else []
+    if "enum" in schema or "const" in schema:
+        values = schema["enum"] if "enum" in schema else [schema["const"]]
+        values = [value for value in values if value == schema.get("const", value)]
         fits = [value for value in values if _fits(value, schema)]
         if not fits:
             raise _cannot("an enum of nothing")
@@ -106,7 +152,7 @@ def _references(node: Any) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _cannot(what: str) -> UnbrokenError:
