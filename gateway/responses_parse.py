@@ -43,7 +43,7 @@ class ResponsesRequest(GenerationBody):
 
     input: str | list[dict[str, Any]] = Field(min_length=1)
     instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     background: bool | None = None
     store: bool | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None

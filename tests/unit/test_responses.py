@@ -378,6 +378,7 @@ BAD = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
      "input[0].content[0].image_url"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": 2**31}, "max_output_tokens"),
     ({"temperature": 3}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"instructions": ["x"]}, "instructions"),
