@@ -7,6 +7,7 @@ do not outlive it: their owner is told, and decides whether to continue them.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import time
@@ -112,6 +113,7 @@ class EngineClient:
         self._suspects: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
         self._deaths = 0
+        self._plain = False  # graphs are off: an engine has died of making them, perhaps
         self._ready_since = float("inf")
 
     @property
@@ -125,7 +127,9 @@ class EngineClient:
         Call it from the main thread: Linux ends the process with the thread that started it.
         """
         self._set_state(EngineState("loading"))
-        self._process = process = EngineProcess(self.config, self._launch)
+        graphs = self.config.graphs and not self._plain
+        config = dataclasses.replace(self.config, graphs=graphs)
+        self._process = process = EngineProcess(config, self._launch)
         process.watch(self._on_readable)
         self._silence, self._stepped, self._verdict = 0.0, False, None
         self._ready_since = float("inf")
@@ -294,6 +298,9 @@ class EngineClient:
         if self.state.phase != "failed":
             reason = self._verdict or process.epitaph(self.state.phase)
             log.error("%s", reason)
+            self._plain = self.config.graphs and self.state.phase == "loading"
+            if self._plain:
+                log.warning("the next engine is started without CUDA graphs")
             if time.monotonic() - self._ready_since > STABLE_SECONDS:
                 self._deaths = 0
             self._set_state(EngineState("dead", reason))

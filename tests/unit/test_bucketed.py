@@ -15,7 +15,7 @@ from worker.engine.torchvision_shim import prepare_torchvision
 prepare_torchvision()  # before anything imports transformers
 # ruff: noqa: E402
 
-from worker.engine import loader
+from worker.engine import loader, runner_setup
 from worker.engine.bucketed import BucketOptions, best_options
 from worker.engine.engine import Engine
 from worker.engine.loader import load
@@ -281,6 +281,17 @@ def test_steps_that_fail_give_way_to_plain_ones(plain, caplog):
     assert runner.bucketed is None
     assert caplog.text.count("trying others") == 2  # compiled and not
     decoded(runner, [text_prompt(9)], 1)
+
+
+@pytest.mark.parametrize(
+    ("made", "tried"),
+    [("cr", ["cr", "r", "c"]), ("c", ["c", ""]), ("r", ["r", ""]), ("", [""])],
+)
+def test_without_a_compiler_or_recording_is_tried_before_plain_steps(made, tried):
+    """Steps that are compiled (c) and recorded (r) give way to such that are one of both."""
+    options = BucketOptions(compile="c" in made, capture="r" in made)
+    choices = runner_setup._choices(options)
+    assert ["c" * o.compile + "r" * o.capture for o in choices] == tried
 
 
 def test_a_cpu_has_plain_steps(plain):

@@ -22,6 +22,7 @@ from worker.demo_model import ensure_demo_model
 from worker.engine.channel import Channel, Disconnected, FrameReader, encode, send_frame
 from worker.engine.messages import Abort, Add, EngineConfig, Output, Piece, Prompt, Step
 from worker.engine_client import EngineClient, EngineState, LoadFailedError
+from worker.launch import execute
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -231,6 +232,27 @@ async def test_a_model_that_cannot_be_loaded_is_a_reason_and_no_crash_loop(
     assert not alive(pid)
     assert client.pid is None
     assert caplog.records == []  # a close is no death
+
+
+async def test_an_engine_that_dies_while_it_loads_is_followed_by_one_without_graphs(config):
+    """Recording may be what it died of; after one that served, they are tried again."""
+    asked, again = [], asyncio.Event()
+
+    def launch(target, arguments):
+        sock, process = execute(target, arguments)
+        asked.append(arguments[0].graphs)
+        if len(asked) < 3:
+            process.kill()
+        if len(asked) == 4:
+            again.set()
+        return sock, process
+
+    async with started(config, launch=launch) as (client, _):
+        await client.ready()
+        assert asked == [True, False, False]
+        os.kill(client.pid, signal.SIGKILL)
+        await again.wait()
+    assert asked[3:] == [True]
 
 
 async def test_an_engine_closed_while_it_loads_is_gone(config):

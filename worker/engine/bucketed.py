@@ -241,7 +241,9 @@ class Capture:
         """Record a step; what runs it plays the recording."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
+            for _ in range(WARM_UPS - 1):
+                step()
+            with _never_waiting():
                 step()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
@@ -254,6 +256,21 @@ class Capture:
             return logits
 
         return replay
+
+
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    """Refuse what waits for the device: in a recording it would cost the device, not the step.
+
+    Raises:
+        RuntimeError: what runs inside of it waits.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _compiled(forward: Forward) -> Forward:

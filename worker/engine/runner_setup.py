@@ -48,10 +48,18 @@ def build_runner(
 
 
 def _choices(options: BucketOptions | None) -> list[BucketOptions]:
-    """List what to try before plain steps: the same without a compiler, which may be missing."""
+    """List what to try before plain steps.
+
+    That is the same without a compiler, which may be missing, and without recording.
+    """
     if options is None:
         return []
-    return [options, replace(options, compile=False)] if options.compile else [options]
+    found = [options]
+    if options.compile:
+        found.append(replace(options, compile=False))
+    if options.capture:
+        found.append(replace(options, capture=False))
+    return found
 
 
 def _build(
