@@ -28,6 +28,9 @@ def build_runner(
     Raises:
         LoadError: the model cannot be batched, or there is no memory for its cache.
     """
+    if loaded.model.device.type == "cuda":
+        # Streams and events that nobody gives a device belong to the current one.
+        torch.cuda.set_device(loaded.model.device)
     for options in _choices(loaded.bucketed):
         try:
             built = _build(loaded, max_batch_size, limits, options)
