@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from worker.engine import ragged
 from worker.engine.device_draw import FIELDS, draw, draw_best, greedy, parameters
-from worker.engine.ragged import PAGE, Rows
+from worker.engine.ragged import PAGE, Heads, Rows
 from worker.engine.sampler import chunk_size
 from worker.engine.sequence import Sequence
 from worker.engine.token_pool import PooledCache
@@ -80,7 +80,9 @@ class BucketedDecode:
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
         self._cache, self._options = cache, options
         self._device = model.get_input_embeddings().weight.device
-        self.attention = options.attention or ragged.best(self._device, model.dtype)
+        self.attention = options.attention or ragged.best(
+            self._device, model.dtype, _heads(model), whole=options.fixed
+        )
         self.buckets = _buckets(cache.plan.max_rows)[-1 if options.fixed else 0 :]
         self._chunk = chunk_size(int(self._head.weight.shape[0]))
         # Where they are fed from, by slot; the last one is that of rows that only fill up.
@@ -284,6 +286,14 @@ def _compiled(forward: Forward) -> Forward:
             return compiled(inputs, window)
 
     return run
+
+
+def _heads(model: PreTrainedModel) -> Heads:
+    config = model.config.get_text_config()
+    queries = int(config.num_attention_heads)
+    shared = getattr(config, "num_key_value_heads", None) or queries
+    dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return Heads(queries, int(shared), int(dim))
 
 
 def _as_it_is(step: Run) -> Run:

@@ -271,6 +271,8 @@ class ModelRunner:
     def _check(self) -> None:
         try:
             error = self._probe_error()
+        except torch.AcceleratorError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as failure:
             raise UnsupportedModelError("its forward rejects a batched decode step") from failure
         if not error <= TOLERANCE.get(self.dtype, HALF_TOLERANCE):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,15 +47,29 @@ class Rows(NamedTuple):
     whole: bool = False
 
 
+class Heads(NamedTuple):
+    """A model's heads of queries, of keys and values, and their size."""
+
+    queries: int
+    shared: int
+    dim: int
+
+
+USUAL = (Heads(8, 2, 64), Heads(8, 2, 128))
+
 Path = Callable[[Tensor, Tensor, Tensor, Rows, float], Tensor]
 """Of queries `[B, heads, dim]`, a pool of keys, one of values, rows and a scale; as queries."""
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
-    """Copy each row's window together, and mask what is beyond its length: runs anywhere."""
+    """Copy each row's window together, and mask what is beyond its length: runs anywhere.
+
+    There its last token stands once more: what another row holds may be NaN, which no mask undoes.
+    """
     places = torch.arange(rows.window, device=query.device)
-    index = (rows.starts[:-1, None] + places).clamp_(max=keys.shape[0] - 1)
-    mask = (places < rows.lengths[:, None])[:, None, None]
+    lengths = rows.lengths[:, None]
+    index = rows.starts[:-1, None] + torch.minimum(places, lengths - 1)
+    mask = (places < lengths)[:, None, None]
     packed = query.unflatten(1, (keys.shape[1], -1))  # heads of a group as queries of one head
     key, value = keys[index].transpose(1, 2), values[index].transpose(1, 2)
     out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
@@ -90,12 +104,14 @@ def _flex(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float)
 
 
 def _flash(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
-    """PyTorch's own flash kernel, which its public functions reach only without lengths (2.11)."""
+    """PyTorch's own flash kernel, which its public functions reach only without lengths (2.11).
+
+    Into how many parts it splits rows, it derives from shapes alone: with `whole` those are fixed.
+    """
     out: Tensor = _flash_kernel(
         *(query, keys, values, rows.queries, rows.starts, 1, rows.window, 0.0, False, False),
         scale=scale,
         seqused_k=rows.lengths,
-        **({"num_splits": 1} if rows.whole and "num_splits" in _FLASH else {}),
     )[0]
     return out
 
@@ -107,24 +123,26 @@ def _varlen(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: floa
         scale=scale,
         enable_gqa=True,
         seqused_k=rows.lengths,
-        num_splits=1 if rows.whole else None,
+        **({"num_splits": 1} if rows.whole else {}),
     )
     return out
 
 
 def _paged(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scale: float) -> Tensor:
     """The same with a table of pages, each row's one behind the other."""
+    if query.shape[1] == keys.shape[1]:
+        raise NotImplementedError("without shared key heads pages give wrong numbers in some torch")
     pages = keys.shape[0] // PAGE
     places = torch.arange(-(-rows.window // PAGE), device=query.device, dtype=torch.int32)
     table = (rows.starts[:-1, None] // PAGE + places).clamp_(max=pages - 1)
     out: Tensor = varlen_attn(
         *(query, keys.unflatten(0, (pages, PAGE)), values.unflatten(0, (pages, PAGE))),
-        *(rows.queries, None, 1, rows.window),
+        *(rows.queries, rows.starts, 1, rows.window),
         scale=scale,
         enable_gqa=True,
         seqused_k=rows.lengths,
         block_table=table,
-        num_splits=1 if rows.whole else None,
+        **({"num_splits": 1} if rows.whole else {}),
     )
     return out
 
@@ -168,22 +186,44 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return "" if found[name] else f"torch {torch.__version__} has none"
 
 
-def best(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the fastest path that runs here and computes what it should; `sdpa` on a CPU."""
+def best(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: Heads | None = None,
+    *,
+    whole: bool = False,
+) -> str:
+    """Return the fastest path that runs here and computes what it should; `sdpa` on a CPU.
+
+    Args:
+        device: where the model is.
+        dtype: of its keys and values.
+        heads: the model's; None: those of usual models.
+        whole: as in `Rows`.
+
+    Raises:
+        torch.AcceleratorError: the device is lost.
+    """
+    checked = USUAL if heads is None else (heads,)
     for name in PATHS:
         if device.type == "cpu" or name == "sdpa" or unavailable(name, device, dtype):
             continue
         try:
-            error = worst_error(name, device, dtype)
-        except torch.AcceleratorError:
-            raise
-        except Exception:
+            error = worst_error(name, device, dtype, checked, whole=whole)
+        except Exception as failure:
+            if isinstance(failure, torch.AcceleratorError):
+                _touch(device)  # it may be lost; without a kernel of this path it is not
             log.warning("attention by '%s' fails here", name, exc_info=True)
             continue
         if error <= TOLERANCE[dtype]:
             return name
         log.warning("attention by '%s' is wrong by %g here", name, error)
     return "sdpa"
+
+
+def _touch(device: torch.device) -> None:
+    """Raise where nothing can be computed on a device any more."""
+    torch.zeros(1, device=device).cpu()
 
 
 def attention(
@@ -195,6 +235,8 @@ def attention(
     *,
     ragged: Rows,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Do the attention of a model's layer, as `AttentionInterface` wants it.
@@ -202,7 +244,12 @@ def attention(
     `query` is `[B, heads, 1, dim]`, `key` and `value` are the pools that the cache's `update`
     returns, and `ragged`, the step's rows, comes through the model's keyword arguments. Returns
     `[B, 1, heads, dim]`, and no weights.
+
+    Raises:
+        NotImplementedError: the model caps its scores, or has attention sinks.
     """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("capped scores and attention sinks are not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = PATHS[ragged.path](query[:, :, 0], key, value, ragged, scale)
     return out[:, None], None
@@ -228,13 +275,17 @@ LENGTHS = (1, 2, 255, 256, 257, 511, 512)
 
 @torch.inference_mode()
 def worst_error(
-    name: str, device: torch.device, dtype: torch.dtype, *, whole: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    checked: Iterable[Heads] = USUAL,
+    *,
+    whole: bool = False,
 ) -> float:
     """Compute normally distributed rows of `LENGTHS` tokens by a path, and in float32 plainly.
 
     Returns:
-        The largest absolute difference, over head dims 64 and 128 with 4 heads of queries for each
-        of keys.
+        The largest absolute difference, over all the heads that are to be `checked`.
     """
     draw = torch.Generator().manual_seed(0)
     window, worst = max(LENGTHS), 0.0
@@ -243,17 +294,17 @@ def worst_error(
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     queries = torch.arange(len(LENGTHS) + 1, dtype=torch.int32, device=device)
     rows = Rows(starts, lengths, queries, window, name, whole)
-    for dim in (64, 128):
-        pools = torch.randn(2, len(LENGTHS) * window, 2, dim, generator=draw).to(device, dtype)
-        query = torch.randn(len(LENGTHS), 8, dim, generator=draw).to(device, dtype)
+    for heads, shared, dim in checked:
+        pools = torch.randn(2, len(LENGTHS) * window, shared, dim, generator=draw).to(device, dtype)
+        query = torch.randn(len(LENGTHS), heads, dim, generator=draw).to(device, dtype)
         found = PATHS[name](query, pools[0], pools[1], rows, dim**-0.5).float()
         for row, (start, length) in enumerate(zip(order.tolist(), LENGTHS, strict=True)):
             first = start * window
             key, value = pools[:, first : first + length].transpose(1, 2).float().cpu()
             expected = scaled_dot_product_attention(
                 query[row].float().cpu()[:, None],
-                key.repeat_interleave(4, 0),
-                value.repeat_interleave(4, 0),
+                key.repeat_interleave(heads // shared, 0),
+                value.repeat_interleave(heads // shared, 0),
             )[:, 0]
             worst = max(worst, float((found[row].cpu() - expected).abs().max()))
     return worst
