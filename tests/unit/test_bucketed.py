@@ -294,6 +294,37 @@ def test_without_a_compiler_or_recording_is_tried_before_plain_steps(made, tried
     assert ["c" * o.compile + "r" * o.capture for o in choices] == tried
 
 
+def test_steps_that_find_no_memory_take_a_smaller_cache(plain, monkeypatch):
+    """They stay as they are, before others are tried; the cache is a fifth smaller each time."""
+    most = []
+    warm_up = ModelRunner.warm_up
+
+    def short(runner):
+        most.append(runner.cache.max_tokens)
+        if len(most) < 3:
+            raise torch.OutOfMemoryError
+        warm_up(runner)
+
+    monkeypatch.setattr(ModelRunner, "warm_up", short)
+    loaded = dataclasses.replace(plain, bucketed=BucketOptions())
+    runner, _ = build_runner(loaded, 2, Limits(cache_bytes=2**23))
+    assert runner.bucketed is not None
+    assert [round(m / most[0], 1) for m in most] == [1.0, 0.8, 0.6]
+
+
+def test_the_fingerprint_names_what_exact_steps_round_by(plain):
+    """Other sizes, and plain steps, may round otherwise: a log of theirs is not continued."""
+    prints = set()
+    for options, rows in ((None, 2), (BucketOptions(), 2), (BucketOptions(), 4)):
+        asked = dataclasses.replace(plain, bucketed=options)
+        loaded = build_runner(asked, rows, Limits())[1]
+        assert loaded.fingerprint.startswith(plain.fingerprint)
+        prints.add(loaded.fingerprint)
+    assert len(prints) == 3
+    inexact = dataclasses.replace(asked, exact=False)
+    assert build_runner(inexact, 2, Limits())[1].fingerprint == plain.fingerprint
+
+
 def test_a_cpu_has_plain_steps(plain):
     """Nothing is gained by fixed shapes where a launch costs nothing."""
     assert best_options(plain.model, exact=True) is None

@@ -91,10 +91,19 @@ class BucketedDecode:
         most, slot = self.buckets[-1], cache.plan.max_rows
         self._nobody = np.array([(0, 1, 0, 0, at % PAGE, slot) for at in range(most)]).T
         self._asked = Mirror(FIELDS, self.buckets[-1], torch.float64, self._device)
-        self._forward = _compiled(self._logits) if options.compile else self._logits
+        forward = self._logits
+        self._forward = _compiled(forward, options) if options.compile else forward
         self._record = Capture(self._device) if options.capture else _as_it_is
         self._runs: dict[tuple[int, int, str], Run] = {}
         self._version, self._plain = cache.plan.version, False
+
+    @property
+    def rounding(self) -> str:
+        """Name what rounding depends on, beside the libraries and the device."""
+        made = "compiled " if self._options.compile else ""
+        kind = "fixed " if self._options.fixed else ""
+        size, window = self.buckets[-1], self._window()
+        return f"{kind}{made}steps of {size} by {self.attention} over {window}"
 
     def logits(self, sequences: Batch[Sequence]) -> Tensor:
         """Feed each sequence's next input; return `[B, V]`, valid until the next call.
@@ -275,11 +284,18 @@ def _never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _compiled(forward: Forward) -> Forward:
-    """Return what compiles a step for each shape, and runs it."""
-    import torch._dynamo as dynamo  # costs seconds
+def _compiled(forward: Forward, options: BucketOptions) -> Forward:
+    """Return what compiles a step for each shape, and runs it.
 
-    compiled = torch.compile(forward, dynamic=False)
+    With `fixed` what is measured on the spot does not choose between kernels that round otherwise.
+    """
+    import torch._dynamo as dynamo  # costs seconds
+    from torch._inductor import list_options
+
+    known = options.fixed and "deterministic" in list_options()
+    compiled = torch.compile(
+        forward, dynamic=False, options={"deterministic": True} if known else None
+    )
 
     def run(inputs: Tensor, window: int) -> Tensor:
         with dynamo.config.patch(recompile_limit=SHAPES):

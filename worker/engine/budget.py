@@ -18,10 +18,11 @@ CPU_SHARE = 0.25  # of what is free: others live on the machine too
 LEAST_CONTEXT = 16  # tokens
 
 
-def bound(cache: SlotCache, limits: Limits, loaded: LoadedModel) -> int:
+def bound(cache: SlotCache, limits: Limits, loaded: LoadedModel, share: float = 1.0) -> int:
     """Bound the cache by bytes, from free memory unless they are given.
 
-    To be called after a first forward, when the cache knows what a token takes.
+    To be called after a first forward, when the cache knows what a token takes. Of the bytes it
+    takes a `share`.
 
     Returns:
         The most tokens of a sequence: one that is no longer always fits when it is alone.
@@ -32,7 +33,7 @@ def bound(cache: SlotCache, limits: Limits, loaded: LoadedModel) -> int:
     bytes_ = limits.cache_bytes
     if bytes_ is None:
         bytes_ = _free_bytes(loaded.model.device) - limits.prefix_bytes
-    cache.max_tokens = max(bytes_, 0) // cache.token_bytes
+    cache.max_tokens = int(max(bytes_, 0) * share) // cache.token_bytes
     if cache.plan.rows * cache.plan.capacity > cache.max_tokens:
         cache.release()
     context = min(loaded.context_length, cache.max_tokens)

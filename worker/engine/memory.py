@@ -18,6 +18,6 @@ def available_memory() -> int:
     return available
 
 
-def lacks_memory(error: Exception) -> bool:
+def lacks_memory(error: BaseException) -> bool:
     """Tell whether memory was short; torch's CPU allocator says so in a `RuntimeError`."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate" in str(error)

@@ -81,10 +81,10 @@ def _load(channel: Channel, config: EngineConfig) -> Engine | None:
     channel.send(
         Ready(
             model=loaded.name,
-            context_length=loaded.context_length,
+            context_length=engine.loaded.context_length,
             device=loaded.device,
             dtype=loaded.dtype,
-            fingerprint=loaded.fingerprint,
+            fingerprint=engine.loaded.fingerprint,
             seconds=time.monotonic() - began,
             exact=loaded.exact,
             defaults=loaded.defaults,
