@@ -38,7 +38,22 @@ def kinds(count):
     ]
 
 
+def told_apart(count, **first):
+    """Return alternatives of 16 properties, of which the first has another word in each."""
+    names = {f"p{n}": {} for n in range(15)}
+    return [
+        {"type": "object", "properties": {"k": {"const": f"k{n}", **first}, **names}}
+        | {"required": ["k"]}
+        for n in range(count)
+    ]
+
+
+def any_required(letters):
+    return {"anyOf": [{"required": [letter]} for letter in letters]}
+
+
 HALF = optional(MAX_WIDTH // 2)
+SIX = {"type": "object", "properties": {letter: {} for letter in "abcdef"}}
 TREE = {"anyOf": [*kinds(30), {"type": "array", "items": {"$ref": "#"}}]}
 TOO_WIDE = {
     "an object": optional(MAX_WIDTH),
@@ -48,13 +63,28 @@ TOO_WIDE = {
     "alternatives of alternatives": {"anyOf": [{"anyOf": [optional(99)] * 3}] * 2},
     "parts of a whole": {"allOf": [HALF, optional(MAX_WIDTH // 2, "q")]},
     "alternatives that multiply": {"allOf": [{"anyOf": kinds(25)}, {"anyOf": kinds(25)}]},
-    "any of many, but one": optional(30, minProperties=1, additionalProperties=False),
+    "any of many, but one": optional(60, minProperties=1, additionalProperties=False),
     "objects of an enum": {"enum": [{"a": n} for n in range(MAX_WIDTH + 1)]},
     "behind references": {
         "anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
         "$defs": {"a": HALF, "b": deep(HALF)},
     },
     "names that fit two patterns": {"patternProperties": {"^a": HALF, "a$": HALF}},
+    "the same word twice": {"anyOf": [*told_apart(35), told_apart(1)[0]]},
+    "words that need not come": {
+        "anyOf": [{**option, "required": []} for option in told_apart(35)],
+    },
+    "words behind the rest": {
+        "anyOf": [
+            {**o, "properties": dict(reversed(o["properties"].items()))} for o in told_apart(35)
+        ],
+    },
+    "words, or no object": {
+        "anyOf": [{k: v for k, v in o.items() if k != "type"} for o in told_apart(35)],
+    },
+    "words with another part": {"anyOf": told_apart(35), "properties": {"z": {}}},
+    "words of two unions": {"allOf": [{"anyOf": told_apart(35)}, {"anyOf": told_apart(6)}]},
+    "needs that multiply": {**SIX, "allOf": [any_required("abcdef")] * 4},
 }
 FINE = {
     "one object": optional(MAX_WIDTH - 1),
@@ -67,6 +97,13 @@ FINE = {
     "a tree": TREE,
     "a list of words": {"enum": [f"word {n}" for n in range(1000)]},
     "the same again": {"type": "array", "prefixItems": [HALF, HALF, HALF], "minItems": 3},
+    "a change of some of many": optional(40, minProperties=1, additionalProperties=False),
+    "told apart by a word": {"anyOf": told_apart(35)},
+    "told apart behind references": deep(
+        {"anyOf": [{"$ref": f"#/$defs/d{n}"} for n in range(35)]}, 1
+    )
+    | {"$defs": {f"d{n}": option for n, option in enumerate(told_apart(35))}},
+    "one of each six required": {**SIX, "allOf": [any_required("abcdef")] * 3},
 }
 
 
