@@ -6,6 +6,8 @@ hundreds. All but the recording itself runs on any device.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Batch
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from worker.engine.sampler import chunk_size
 from worker.engine.sequence import Sequence
 from worker.engine.token_pool import PooledCache
 from worker.engine.transfer import Mirror, Pending
+
+log = logging.getLogger("unbroken.engine")
 
 SMALLEST = 2  # a batch of one takes other kernels than all the others
 WARM_UPS = 2  # runs before a recording: libraries allocate and choose kernels in them
@@ -151,10 +155,12 @@ class BucketedDecode:
         """
         self._cache.allocate()
         for size in reversed(self.buckets):
+            began = time.monotonic()
             for kind in KINDS:
                 run = self._run(size, kind)
                 self._fill(())
                 run()
+            log.info("decode steps of %d made in %.1f s", size, time.monotonic() - began)
 
     def _size(self, sequences: Batch[Sequence]) -> int:
         return next(bucket for bucket in self.buckets if bucket >= len(sequences))
