@@ -184,6 +184,47 @@ def test_a_row_of_numbers_that_are_not_finite_fails_alone(ahead, host):
     assert ahead.drain().ids(3) == host.drain().ids(3)
 
 
+def test_what_the_step_too_many_has_left_reaches_nobody(ahead, host, monkeypatch):
+    """A stop is seen while its token is fed; the numbers of that step are not kept, but wiped."""
+    prompt = text_prompt(40)
+    monkeypatch.setattr(ahead.engine.prefixes, "_max_bytes", 2**24)
+    host.add(0, prompt, LONG)
+    ids = host.drain().ids(0)
+    place = next(n for n in range(4, len(ids)) if ids[n] not in ids[:n])
+    runner, poisoned = ahead.engine.runner, []
+    launch = runner.launch
+
+    def poisonous(rows):
+        pending = launch(rows)
+        if rows[0].length == 40 + place + 1:
+            poisoned.append(rows[0].slot)
+            with torch.inference_mode():
+                for layer in runner.cache.layers:
+                    for pool in layer.row(rows[0].slot, rows[0].length):
+                        pool[:, -1] = torch.nan
+            pending.tokens = lambda: [BAD_ROW]
+        return pending
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "launch", poisonous)
+        stopped = msgspec.structs.replace(LONG, stop_token_ids=(ids[place],))
+        ahead.add(0, prompt, stopped)
+        ahead.drain()
+    assert ahead.ids(0) == ids[: place + 1]
+    ahead.add(2, text_prompt(5), KINDS["two"])  # in the very slot
+    host.add(2, text_prompt(5), KINDS["two"])
+    assert ahead.drain().ids(2) == host.drain().ids(2)
+    assert poisoned == [0]
+    for layer in runner.cache.layers:
+        assert all(bool(pool.isfinite().all()) for pool in layer.row(poisoned[0], 60))
+    further = Prompt([*prompt.input_ids, *ids[: place + 1], 9, 9])
+    for driver in (ahead, host):
+        driver.add(1, further, LONG)
+        driver.drain()
+    assert ahead.ids(1) == host.ids(1)
+    assert ahead.last(1).cached_tokens == 40 + place
+
+
 def test_a_token_that_the_device_cannot_decide_is_the_hosts(ahead, host, monkeypatch):
     """A nucleus wider than the list: the row steps back, and its token is drawn there."""
     undecided = 0
@@ -196,6 +237,7 @@ def test_a_token_that_the_device_cannot_decide_is_the_hosts(ahead, host, monkeyp
         return tokens
 
     monkeypatch.setattr("worker.engine.bucketed.draw", counted)
+    monkeypatch.setattr(device_draw, "LISTED", 64)
     wide = SamplingParams(temperature=1.6, top_p=0.97, seed=9, max_tokens=20, ignore_eos=True)
     both(ahead, host, [(text_prompt(6), wide), (text_prompt(8), LONG), (text_prompt(9), wide)])
     assert undecided > 0
@@ -245,7 +287,7 @@ def test_what_needs_the_host_is_not_drawn_by_the_device():
         SamplingParams(logit_bias={3: 1.0}),
         SamplingParams(logprobs=0),
         SamplingParams(min_tokens=1),
-        SamplingParams(top_k=64),
+        SamplingParams(top_k=512),
     ]
     assert not any(map(drawable, rows_of(host)))
     assert all(map(drawable, rows_of(KINDS.values())))

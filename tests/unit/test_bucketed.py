@@ -251,6 +251,15 @@ def test_sharing_the_pool_out_anew_keeps_the_rows(wanted):
             assert bool((values == 1.0 + row).all())
 
 
+def test_more_rows_of_the_same_size_copy_nothing(monkeypatch):
+    """Their slots stay where they are."""
+    cache = filled((3, 256))
+    monkeypatch.delattr("worker.engine.token_pool.PoolLayer.shift")
+    cache.reserve(7, 200)
+    assert cache.plan.rows >= 7
+    assert all(bool((keys == 3.0).all()) for keys, _ in cache.copy_out(2, 256))
+
+
 def test_a_pool_that_finds_no_memory_is_as_before(monkeypatch):
     """A layer that cannot grow leaves all layers, and the plan, as they were."""
     from worker.engine import token_pool

@@ -13,6 +13,7 @@ import torch
 from worker.engine.device_draw import UNDECIDED, drawable
 from worker.engine.memory import lacks_memory
 from worker.engine.model_runner import ModelRunner
+from worker.engine.sampler import BAD_ROW
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.transfer import Pending
@@ -34,6 +35,7 @@ class Ahead:
         self._runner, self._scheduler = runner, scheduler
         self._pending: Pending | None = None
         self._rows: list[Sequence | None] = []
+        self._slots: list[int] = []  # where those rows were when the step was launched
         self._broken = False
         self._totals: dict[int, int] = {}  # by handle: whose token behind so many the host draws
 
@@ -47,18 +49,21 @@ class Ahead:
         Raises:
             torch.AcceleratorError: the device is lost.
         """
-        pending, flown = self._pending, self._rows
+        pending, flown, slots = self._pending, self._rows, self._slots
         flying = {row.handle for row in flown if row}
         # Of the others the token in flight is the last.
         going = [row for row in rows if row.handle not in flying or row.length + 1 < row.reach]
         self._pending = self._launch(going)
         self._rows = [*going] if self._pending else []
+        self._slots = [row.slot for row in going]
         landed = Landed()
         if pending is not None:
-            for row, token in zip(flown, pending.tokens(), strict=True):
-                if row is not None and token == UNDECIDED:
+            for row, slot, token in zip(flown, slots, pending.tokens(), strict=True):
+                if row is None:
+                    self._clean(slot, token)
+                elif token == UNDECIDED:
                     self._step_back(row)
-                elif row is not None:
+                else:
                     landed.append((row, token))
         return landed, len(self._rows)
 
@@ -91,6 +96,12 @@ class Ahead:
             and drawable(row)
             and (tried is None or row.total > tried)
         )
+
+    def _clean(self, slot: int, token: int) -> None:
+        """Wipe what a step has left of a row that was forgotten, if its numbers are not finite."""
+        if token == BAD_ROW:
+            tenant = next((row for row in self._scheduler.live if row.slot == slot), None)
+            self._runner.scrub(slot, tenant.length if tenant else 0)
 
     def _step_back(self, row: Sequence) -> None:
         """Have a row's last token fed once more, in a step of the host's."""

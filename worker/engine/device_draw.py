@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from shared.protocol import SamplingParams
-from worker.engine.sampler import BAD_ROW, MIN_TEMPERATURE, NARROW, uniform
+from worker.engine.sampler import BAD_ROW, MIN_TEMPERATURE, uniform
 from worker.engine.sequence import Sequence
 
 UNDECIDED = -2
 """In place of a token: the host has to draw this one."""
 
 FIELDS = 5  # of `parameters`
+LISTED = 512
+"""Best tokens that are looked at. More than the `Sampler` does at first: one row whose draw may lie
+beyond them sends the whole batch to the host for a step."""
 
 
 def drawable(sequence: Sequence) -> bool:
@@ -26,7 +29,7 @@ def drawable(sequence: Sequence) -> bool:
         not (asked.frequency_penalty or asked.presence_penalty or asked.logit_bias)
         and asked.repetition_penalty == 1
         and asked.min_tokens <= len(sequence.output_ids)
-        and asked.top_k < NARROW
+        and asked.top_k < LISTED
         and sequence.constraint is None
         and sequence.scores is None
     )
@@ -97,7 +100,7 @@ def _listed(
     number: Tensor,
 ) -> Tensor:
     """Draw from the best tokens, of which each filter keeps the first."""
-    width = min(NARROW, logits.shape[1])
+    width = min(LISTED, logits.shape[1])
     ids = logits.topk(width, dim=-1).indices.sort(-1).values  # equal scores: in order of tokens
     scores, order = logits.gather(1, ids).double().sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order)

@@ -238,11 +238,11 @@ class SlotCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def scrub(self, row: int) -> None:
+    def scrub(self, row: int, first: int = 0) -> None:
         """Zero a row whose numbers are not finite, so that they cannot reach its next tenant."""
         for layer in self.layers:
-            layer.keys[row : row + 1].zero_()  # a lack of memory may have taken the row
-            layer.values[row : row + 1].zero_()
+            layer.keys[row : row + 1, :, first:].zero_()  # a lack of memory may have taken the row
+            layer.values[row : row + 1, :, first:].zero_()
 
 
 def _doubled(size: int, needed: int, bound: int) -> int:

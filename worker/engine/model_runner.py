@@ -225,9 +225,9 @@ class ModelRunner:
             self.bucketed.move(source, sequence.slot)
 
     @torch.inference_mode()
-    def scrub(self, row: int) -> None:
-        """Wipe a row that holds numbers that are not finite."""
-        self.cache.scrub(row)
+    def scrub(self, row: int, first: int = 0) -> None:
+        """Wipe a row that holds numbers that are not finite, from a token on."""
+        self.cache.scrub(row, first)
 
     def _forward(self, **inputs: Any) -> Tensor:
         logits: Tensor = self.model(

@@ -77,7 +77,7 @@ class PrefixCache:
             best, source = (count, source) if count > best else (best, None)
         for other in live:
             if other is not sequence:
-                count = _usable(sequence, ids, _ids(other, other.length), *_media(other))
+                count = _usable(sequence, ids, _ids(other, _sure(other)), *_media(other))
                 if count > best:
                     best, row = count, other
         if row is not None:
@@ -103,10 +103,11 @@ class PrefixCache:
     @torch.inference_mode()
     def keep(self, sequence: Sequence) -> None:
         """Remember a sequence that ends now, and still has its row."""
-        size = sequence.length * self._cache.token_bytes
-        if sequence.length < LEAST or size > self._max_bytes or sequence.length < sequence.head:
+        length = _sure(sequence)
+        size = length * self._cache.token_bytes
+        if length < LEAST or size > self._max_bytes or length < sequence.head:
             return
-        ids, (media, head) = _ids(sequence, sequence.length), _media(sequence)
+        ids, (media, head) = _ids(sequence, length), _media(sequence)
         if sequence.head and not media:
             return
         if self._has(ids, media):
@@ -114,11 +115,11 @@ class PrefixCache:
         while self._bytes + size > self._max_bytes:
             self._drop(next(iter(self._stored)))
         try:
-            layers = self._cache.copy_out(sequence.slot, sequence.length)
+            layers = self._cache.copy_out(sequence.slot, length)
         except torch.AcceleratorError:
             raise
         except (MemoryError, RuntimeError):  # no memory for what is of use, but not needed
-            log.warning("no memory to remember a prefix", extra={"tokens": sequence.length})
+            log.warning("no memory to remember a prefix", extra={"tokens": length})
             return
         stored = _Stored(ids, media, head, sequence.rope_delta, layers)
         self._stored[sequence.handle] = stored
@@ -142,6 +143,14 @@ class PrefixCache:
         stored = self._stored.pop(key)
         self._index.remove(key, stored.ids, stored.media)
         self._bytes -= stored.size
+
+
+def _sure(sequence: Sequence) -> int:
+    """Return how many tokens of a row are of use: a step under way may be adding the last one.
+
+    Nobody has looked at its numbers yet, or ever will, if the sequence ends meanwhile.
+    """
+    return min(sequence.length, sequence.total - 1)
 
 
 def _ids(sequence: Sequence, count: int) -> Ids:

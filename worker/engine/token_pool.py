@@ -170,7 +170,8 @@ class PooledCache(SlotCache):
     def _share_out(self, rows: int, capacity: int) -> None:
         """Move the rows to slots of another size."""
         plan = self.plan
-        kept, length = min(rows, plan.rows), min(capacity, plan.capacity)
+        kept = 0 if capacity == plan.capacity else min(rows, plan.rows)
+        length = min(capacity, plan.capacity)
         starts = [(plan.start(row), PAGE + row * capacity) for row in range(kept)]
         for source, target in reversed(starts) if capacity > plan.capacity else starts:
             for layer in self.layers:
@@ -193,11 +194,11 @@ class PooledCache(SlotCache):
         for layer in self.layers:
             layer.shift(self.plan.start(source), self.plan.start(target), length)
 
-    def scrub(self, row: int) -> None:
+    def scrub(self, row: int, first: int = 0) -> None:
         """Zero a row whose numbers are not finite, so that they cannot reach its next tenant."""
         for layer in self.layers:
             for pool in layer.row(row, self.plan.capacity):
-                pool.zero_()
+                pool[:, first:].zero_()
 
 
 def _paged(tokens: int) -> int:
