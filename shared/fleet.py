@@ -20,6 +20,7 @@ ANNOUNCE_SECONDS = 1.0
 class WorkerInfo(msgspec.Struct, frozen=True):
     """What a worker says of itself. `reason` explains every state but `ready`.
 
+    Of its `slots`, the `running` sessions have `taken` some: one for each choice.
     `tokens_per_second` are those of the last second; `cache_usage` is a share, 0 to 1.
     `defaults` are the sampling parameters that its model's authors set; no token of the model
     stands for more than `token_bytes` bytes of text (0: not known).
@@ -33,6 +34,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     fingerprint: str = ""
     since: int = 0
     running: int = 0
+    taken: int = 0
     slots: int = 0
     pid: int = 0
     tokens_per_second: float = 0.0
@@ -80,8 +82,17 @@ class Fleet:
         gone = [i for i, value in zip(ids, values, strict=True) if value is None]
         if gone:
             await self._redis.zrem(keys.WORKERS, *gone)
-        found = [_parse(value) for value in values if value is not None]
-        return [worker for worker in found if worker is not None]
+        return _parsed(values)
+
+    async def ids(self) -> list[str]:
+        """Return the ids of all registered workers; some may have died lately."""
+        return [i.decode(errors="replace") for i in await self._redis.zrange(keys.WORKERS, 0, -1)]
+
+    async def infos(self, worker_ids: Sequence[str]) -> list[WorkerInfo]:
+        """Return what these workers say of themselves, those of them that live."""
+        if not worker_ids:
+            return []
+        return _parsed(await self._redis.mget([keys.worker(i) for i in worker_ids]))
 
     async def lifelines(self, worker_ids: Sequence[str]) -> tuple[list[str], set[str]]:
         """Return the ids of all registered workers, and which of these hold their lifelines."""
@@ -96,6 +107,11 @@ class Fleet:
         """Let the leases of a worker without a lifeline run out now; returns how many did."""
         args = [worker_id, keys.lifeline(worker_id), keys.SESSION, keys.WORK_BELL, keys.LIVE_TTL]
         return int(await self._store.run("bury", [keys.LEASES], args))
+
+
+def _parsed(values: Sequence[bytes | None]) -> list[WorkerInfo]:
+    found = [_parse(value) for value in values if value is not None]
+    return [worker for worker in found if worker is not None]
 
 
 def _parse(value: bytes) -> WorkerInfo | None:

@@ -17,7 +17,7 @@ from arq.worker import Worker, func
 
 from shared import keys, logs, metrics
 from shared.errors import UnbrokenError
-from shared.fleet import Fleet
+from shared.fleet import ANNOUNCE_SECONDS, Fleet
 from shared.overdue import Overdue
 from shared.presence import SWEEP_SECONDS, Sweeper
 from shared.queue import (
@@ -30,6 +30,7 @@ from shared.queue import (
 )
 from shared.store import FAILED, UNAVAILABLE, Outage, is_wrong_type
 from shared.tasks import stop
+from worker.balance import FIRST_SECONDS, Balance
 from worker.handover import hand_over
 from worker.job import SessionJob
 from worker.lifeline import LOOK_SECONDS, Lifeline, Watch
@@ -120,6 +121,8 @@ class LeasedWorker(Worker):
         self._overdue = Overdue(queue, queue_timeout_seconds)
         self._lifeline = Lifeline(store.redis, worker_id)
         self._watch = Watch(worker_id, Fleet(store), self._lifeline)
+        self._balance = Balance(worker_id, Fleet(store))
+        self._let_others = False  # they had their chance, before this claim
         self._loops: list[asyncio.Task[None]] = []
         self._pulse = pulse
         self._renewed = time.monotonic()
@@ -144,6 +147,7 @@ class LeasedWorker(Worker):
             (SWEEP_SECONDS, self._sweeper.sweep),
             (SWEEP_SECONDS, self._overdue.sweep),
             (LOOK_SECONDS, self._watch.look),
+            (ANNOUNCE_SECONDS, self._compare),
         ):
             self._loops.append(asyncio.create_task(_forever(seconds, step), name=step.__name__))
         self._loops.append(asyncio.create_task(self._pulse.run(), name="pulse"))
@@ -159,16 +163,24 @@ class LeasedWorker(Worker):
             await self._renew()  # after an outage: our own sessions must not look abandoned
         self._intake.changed.clear()
         # Also for no slot: what a dead worker left is put back, and the bell rung for another
-        # worker, since we may have taken the ring that was meant for whoever has room.
-        claim = await self._queue.claim(self.worker_id, min(self._free(), CLAIM_AT_ONCE))
+        # worker, since we may have taken the ring that was meant for whoever has room, or has less.
+        self._let_others = self._balance.is_heavy(self.taken) and not self._let_others
+        free = 0 if self._let_others else min(self._free(), CLAIM_AT_ONCE)
+        claim = await self._queue.claim(self.worker_id, free)
         for claimed, choices in zip(claim.sessions, claim.choices, strict=True):
             self._start(claimed, choices)
-        if not self._free():  # leave the bell to those that have room
+        if self._let_others and claim.waiting:
+            await asyncio.sleep(FIRST_SECONDS)
+        elif not self._free():  # leave the bell to those that have room
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._intake.changed.wait(), PAUSE_SECONDS)
         elif not claim.sessions:
             expiry = IDLE_SECONDS if claim.next_expiry_ms is None else claim.next_expiry_ms / 1000
+            self._let_others = False
             await self._bell.wait_for_work(min(IDLE_SECONDS, max(expiry, 0.05)))
+
+    async def _compare(self) -> None:
+        await self._balance.look(self._queue.model)
 
     def _free(self) -> int:
         """Return how many slots may be claimed now; never below 0."""

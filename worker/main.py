@@ -147,6 +147,7 @@ class WorkerProcess:
             fingerprint=short_fingerprint(ready.fingerprint) if ready else "",
             since=self._since,
             running=self._consumer.running,
+            taken=self._consumer.taken,
             slots=self._settings.max_batch_size,
             pid=os.getpid(),
             tokens_per_second=self._load.tokens_per_second,

@@ -8,6 +8,7 @@ from redis.exceptions import ResponseError
 
 from shared import keys
 from shared.errors import UnbrokenError
+from shared.fleet import Fleet, WorkerInfo
 from shared.presence import Presence
 from shared.protocol import (
     Delta,
@@ -21,6 +22,7 @@ from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
 from worker import consumer, handover, intake
+from worker.balance import SLACK, Balance
 from worker.consumer import LeasedWorker
 from worker.engine.messages import Output, Piece, Prompt
 from worker.intake import AT_ONCE
@@ -552,3 +554,55 @@ async def test_workers_without_room_do_not_ring_for_each_other(make, log, store,
     workers[0].consumer._intake.leave("x0")
     assert (await ended(log, "s"))[1] == WHOLE
     assert claims["w2"] == 1
+
+
+async def load(worker, others, taken):
+    """Have a worker run some choices, and know what others do that are registered."""
+    worker.consumer._leases["x"], worker.consumer._choices["x"] = "lease", taken
+    fleet = Fleet(worker.store)
+    for name, count in others.items():
+        await fleet.announce(WorkerInfo(name, "ready", "m", taken=count))
+    while worker.consumer._balance.is_heavy(taken) != (taken > min(others.values()) + SLACK):
+        await asyncio.sleep(0.005)
+
+
+async def test_who_has_fewer_sessions_comes_first(make, log, store, monkeypatch):
+    """The bell wakes whoever has waited longest; it leaves the session to the lighter worker."""
+    monkeypatch.setattr(consumer, "IDLE_SECONDS", 60)
+    monkeypatch.setattr(consumer, "FIRST_SECONDS", 10)
+    heavy, light = make("w1"), make("w2")
+    heavy.start()
+    await blocked(store, 1)
+    light.start()
+    await blocked(store, 2)
+    await load(heavy, {"w2": 0}, SLACK + 1)
+    await submit(heavy.queue, "s")
+    await ended(log, "s")
+    assert (await store.redis.hget(keys.session("s"), "ended_by")).startswith(b"w2")
+
+
+@pytest.mark.parametrize(("taken", "others"), [(SLACK + 1, {"w2": 0}), (SLACK, {"w2": 0, "w3": 9})])
+async def test_what_lighter_workers_leave_is_taken(make, log, store, taken, others):
+    """One that is full of long prompts, or dead, keeps nobody waiting."""
+    heavy = make("w1")
+    heavy.start()
+    await blocked(store, 1)
+    await load(heavy, others, taken)
+    names = [f"s{number}" for number in range(2 * AT_ONCE)]
+    await submit(heavy.queue, *names)
+    for name in names:
+        assert (await ended(log, name))[1] == WHOLE
+
+
+@pytest.mark.parametrize(("state", "model"), [("loading", "m"), ("draining", "m"), ("ready", "n")])
+async def test_who_cannot_take_a_session_is_not_compared_with(store, state, model):
+    """Nor is a worker with itself."""
+    fleet, balance = Fleet(store), Balance("w1", Fleet(store))
+    await fleet.announce(WorkerInfo("w1", "ready", "m", taken=0))
+    await fleet.announce(WorkerInfo("w2", state, model, taken=0))
+    await balance.look("m")
+    assert not balance.is_heavy(30)
+    await fleet.announce(WorkerInfo("w3", "ready", "m", taken=20))
+    await balance.look("m")
+    assert balance.is_heavy(30)
+    assert not balance.is_heavy(20 + SLACK)
