@@ -25,7 +25,8 @@ MOST_FUEL = 5_000_000
 """What the matcher's lexer may spend for one mask: 0.4 s, where the answer's patterns are hard."""
 
 MOST_STATES, MOST_STATES_ON_TRIAL = 250_000, 15_000
-"""States of the lexer, a kilobyte each; and those that one pattern may make while it is tried."""
+"""States of the lexer, a kilobyte each; and those that a pattern may make while it is tried, where
+there are few: all together have no more than the lexer. Usual patterns make some hundreds."""
 
 AFTER_THOUGHT = r"/\n{0,2}/"
 """What stands between `</think>` and the answer; it is not shown."""
@@ -113,8 +114,13 @@ def create() -> Callable[[AnswerForm], None]:
                     "invalid_value", f"'{param}' cannot be followed: {_reason(there)}", param
                 )
         functions = [f for f in form.functions if not form.lazy or f[0] in form.strict]
-        for part in pattern_trial.patterns((form.schema, *(schema for _, schema in functions))):
-            there = matcher(f"start: json\njson: %json {part}", words, MOST_STATES_ON_TRIAL)
+        parts = list(pattern_trial.patterns((form.schema, *(schema for _, schema in functions))))
+        if len(parts) > pattern_trial.MOST_PATTERNS:
+            message = f"'{param}' has more than {pattern_trial.MOST_PATTERNS} different patterns."
+            raise UnbrokenError("invalid_value", message, param)
+        states = min(MOST_STATES_ON_TRIAL, MOST_STATES // max(1, len(parts)))
+        for part in parts:
+            there = matcher(f"start: json\njson: %json {part}", words, states)
             if not there.is_error() and not pattern_trial.write(there):
                 raise UnbrokenError(
                     "invalid_value", f"'{param}' has a pattern that is too complex.", param

@@ -14,6 +14,7 @@ from gateway.json_schema import MAX_WIDTH, check_schema
 from shared.errors import UnbrokenError
 from worker import grammar
 from worker.engine.messages import AnswerForm
+from worker.pattern_trial import MOST_PATTERNS
 
 OPEN = "open at one place"  # what a refusal says
 
@@ -167,6 +168,31 @@ def test_a_pattern_that_grows_without_bound_is_refused(where):
     strict = check_schema(deep({"type": "string"}), "f")
     both = (("look", strict), ("now", free))
     check(AnswerForm(tools="qwen", functions=both, strict=("look",)))  # need not be followed
+
+
+def patterned(texts):
+    fields = {f"f{n}": {"type": "string", "pattern": text} for n, text in enumerate(texts)}
+    schema = {"properties": fields, "required": [*fields], "additionalProperties": False}
+    return AnswerForm(check_schema({"type": "object", **schema}, "f"))
+
+
+def test_patterns_that_are_too_much_together_are_refused():
+    """Each makes fewer states than one may; the lexer that has all of them would give up."""
+    check = grammar.create()
+    hard = [f".*[a-{letter}].{{11}}x.*" for letter in "defghijklmnopqrstuvwyz"]
+    check(patterned(hard[:1]))
+    with pytest.raises(UnbrokenError, match="pattern that is too complex"):
+        check(patterned([*hard, *(f"^x{n}+$" for n in range(MOST_PATTERNS - len(hard)))]))
+    check(patterned(f"{HARMLESS[n % len(HARMLESS)]}|^{n}$" for n in range(MOST_PATTERNS)))
+
+
+def test_more_patterns_than_are_tried_are_refused():
+    """One that nobody has tried could end an answer in the middle."""
+    many = [f"^x{{{n}}}$" for n in range(1, MOST_PATTERNS + 2)]
+    check = grammar.create()
+    check(patterned(many[1:]))
+    with pytest.raises(UnbrokenError, match="more than 64 different patterns"):
+        check(patterned(many))
 
 
 def leaf(draw):
