@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.schema_width import width
 from shared.errors import invalid
+from shared.json_refs import target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -107,7 +108,7 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
     (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))
     if not _ends(schema):
         raise invalid(where, "contains itself without an end")
-    branches = width(schema, lambda ref: _target(ref, schema))
+    branches = width(schema, lambda ref: target(ref, schema))
     if branches > MAX_WIDTH:
         raise invalid(
             where,
@@ -195,7 +196,7 @@ def _require(node: dict[str, Any], root: dict[str, Any], gates: Gates, made: lis
     if "enum" in node or "const" in node:
         return
     gate = gates[id(node)]
-    _all(gate, [_target(node.get("$ref"), root)], gates)
+    _all(gate, [target(node.get("$ref"), root)], gates)
     whole = node.get("allOf")
     _all(gate, whole if isinstance(whole, list) else [], gates)
     for name in ("anyOf", "oneOf"):
@@ -251,14 +252,3 @@ def _in_array(node: dict[str, Any]) -> Iterable[Any]:
     first = node.get("prefixItems")
     first = first if isinstance(first, list) else []
     return [*first[:least], *([node.get("items")] if least > len(first) else [])]
-
-
-def _target(ref: Any, root: dict[str, Any]) -> Any:
-    """Return what a local reference points to; None where it is none, or points nowhere."""
-    if not isinstance(ref, str) or not ref.startswith("#"):
-        return None
-    node: Any = root
-    for part in ref[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        node = node.get(name) if isinstance(node, dict) else None
-    return node

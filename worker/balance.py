@@ -36,7 +36,7 @@ class Balance:
     async def look(self, model: str) -> None:
         """Read what others run that serve the same model; to be repeated every second."""
         others = neighbours(await self._fleet.ids(), self._id)
-        found = await self._fleet.infos([i for i in others if i != self._id])
+        found = await self._fleet.infos(others)
         taken = [info.taken for info in found if info.state == "ready" and info.model == model]
         self._lightest = min(taken, default=None)
 

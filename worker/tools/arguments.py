@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from shared.json_refs import target
+
 TYPES: dict[type, str] = {
     str: "string",
     bool: "boolean",
@@ -103,17 +105,6 @@ def is_text(schema: Any) -> bool:
     if any(type(schema.get(field, 0)) is not int for field in ("minLength", "maxLength")):
         return False
     return schema.get("type") == "string" or ("type" not in schema and bool(values))
-
-
-def target(ref: Any, root: dict[str, Any]) -> Any:
-    """Return what a local reference points to; None where it is none, or points nowhere."""
-    if not isinstance(ref, str) or not ref.startswith("#"):
-        return None
-    node: Any = root
-    for part in ref[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
 
 
 def _list(node: dict[str, Any], name: str) -> list[Any]:
