@@ -562,6 +562,7 @@ async def load(worker, others, taken):
     fleet = Fleet(worker.store)
     for name, count in others.items():
         await fleet.announce(WorkerInfo(name, "ready", "m", taken=count))
+        await worker.store.redis.expire(keys.worker(name), 60)  # as if it went on saying so
     while worker.consumer._balance.is_heavy(taken) != (taken > min(others.values()) + SLACK):
         await asyncio.sleep(0.005)
 
