@@ -12,9 +12,10 @@ EXAMPLES = 10
 SEED = 20261122
 
 
-@pytest.fixture(scope="module")
-def gateway(redis_server, tmp_path_factory):
-    gateway = GatewayProcess(redis_server, tmp_path_factory.mktemp("schema"))
+@pytest.fixture
+def gateway(redis_url, tmp_path):
+    """A gateway at an empty Redis: with another test's worker there, requests would wait."""
+    gateway = GatewayProcess(redis_url, tmp_path)
     yield gateway
     gateway.stop()
 
