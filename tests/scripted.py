@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from shared import keys
 from shared.fleet import Fleet, WorkerInfo
 from shared.protocol import Delta, Failed, Finished, Usage, encode_event
 from shared.queue import Claimed, SessionQueue
 from shared.session_log import Append, SessionLog
 from shared.store import Store
+
+HELD_MS = 60_000
+"""How long announcements and leases last: nobody renews them, however slow the machine is."""
 
 
 class ScriptedWorker:
@@ -23,10 +27,12 @@ class ScriptedWorker:
     async def announce(self, state="ready", reason="", **more) -> None:
         known = {"context_length": 128, "fingerprint": "fp_test", "since": 1, **self.load, **more}
         await self.fleet.announce(WorkerInfo(self.id, state, self.model, reason, **known))
+        await self.store.redis.pexpire(keys.worker(self.id), HELD_MS)
 
     async def claim(self, count: int = 1) -> list[Claimed]:
         claim = await self.queue.claim(self.id, count)
         for claimed in claim.sessions:
+            await self.store.redis.zincrby(keys.LEASES, HELD_MS, claimed.session_id)
             record = await self.log.record(claimed.session_id)
             self._next[claimed.session_id] = record.last + 1
         return claim.sessions

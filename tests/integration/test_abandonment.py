@@ -194,10 +194,10 @@ async def test_a_gateway_alone_cancels_what_its_viewers_left(redis_url, store, l
         async with client.stream("POST", CHAT, json=body) as response:
             async for _ in response.aiter_bytes():
                 break
-        left = time.monotonic()
+            left = time.monotonic()
         while await status_of(log, "s") == "queued":
             await asyncio.sleep(0.01)
-        assert 0.9 < time.monotonic() - left < 3
+        assert 0.9 < time.monotonic() - left < 12
         assert (await client.get("/v1/sessions/s")).json()["cancel_reason"] == "abandoned"
         if claimed:
             assert await status_of(log, "busy") == "running"

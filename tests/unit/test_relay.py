@@ -1,8 +1,10 @@
 import asyncio
 import contextlib
+import time
 
 import pytest
 
+from gateway import channel as channels
 from gateway import relay as relays
 from gateway import sse
 from gateway.channel import TAIL, Viewer
@@ -25,6 +27,7 @@ from shared.queue import Claimed, SessionQueue, Submission
 from shared.session_log import RING_BYTES, Append, SessionLog
 from shared.store import Store, connect
 from shared.tasks import stop
+from tests.scripted import HELD_MS
 
 MODEL_TEXT = [f"token {n} \n" for n in range(1000)]
 
@@ -80,6 +83,7 @@ class Stage:
         new = Submission(session_id, "", "d", "m", "fp", False, request)
         await self.queue.submit(new, 10_000)
         [claimed] = (await self.queue.claim("w", 1)).sessions
+        await self.writer.redis.zincrby(keys.LEASES, HELD_MS, session_id)
         self.leases[session_id], self.next[session_id] = claimed.lease, 1
 
     async def say(self, session_id="s", *texts):
@@ -253,50 +257,50 @@ async def test_a_client_that_does_not_read_costs_nobody_and_misses_nothing(stage
     assert slow.body == fast.body == await stage.expected()
 
 
-async def test_rings_that_come_together_reach_a_full_connection_in_one_piece(stage):
+async def test_rings_that_come_together_reach_a_full_connection_in_one_piece(quiet):
     """What several rings of a session bring at once is one write, of which nothing gets lost."""
-    await stage.begin()
-    slow, task = await stage.watch()
-    await settled(stage)
-    bell, together = stage.relay._wires["bell"], []
+    await quiet.begin()
+    slow, task = await quiet.watch()
+    await settled(quiet)
+    bell, together = quiet.relay._wires["bell"], []
     bell._on_push = together.extend
     texts = [f"text {n}" for n in range(relays.RINGS + 2)]
     for text in texts:
-        await stage.say("s", text)
+        await quiet.say("s", text)
     while len(together) < len(texts):
         await asyncio.sleep(0.01)
     slow.room.clear()
-    stage.relay._on_bell(together)
-    bell._on_push = stage.relay._on_bell
+    quiet.relay._on_bell(together)
+    bell._on_push = quiet.relay._on_bell
     slow.room.set()
     await slow.until(frame_end(texts[-1]))
-    await stage.finish()
+    await quiet.finish()
     await task
-    assert slow.body == await stage.expected()
+    assert slow.body == await quiet.expected()
 
 
-async def test_the_first_of_many_rings_do_not_wait_for_the_last(stage, monkeypatch):
+async def test_the_first_of_many_rings_do_not_wait_for_the_last(quiet, monkeypatch):
     """Of what comes at once, a few sessions at a time are rendered and written."""
     names, pipes, tasks = [f"s{n}" for n in range(2 * relays.RINGS)], [], []
     for name in names:
-        await stage.begin(name)
-        pipe, task = await stage.watch(name)
+        await quiet.begin(name)
+        pipe, task = await quiet.watch(name)
         pipes.append(pipe)
         tasks.append(task)
-    await settled(stage)
-    bell, together, order = stage.relay._wires["bell"], [], []
+    await settled(quiet)
+    bell, together, order = quiet.relay._wires["bell"], [], []
     bell._on_push = together.extend
     for name in names:
-        await stage.say(name, "x")
+        await quiet.say(name, "x")
     while len(together) < len(names):
         await asyncio.sleep(0.01)
     render, take = sse.Frames.render, Pipe._take
     monkeypatch.setattr(sse.Frames, "render", lambda *a: (order.append("r"), render(*a))[1])
     monkeypatch.setattr(Pipe, "_take", lambda *a: (order.append("w"), take(*a))[1])
-    stage.relay._on_bell(together)
-    bell._on_push = stage.relay._on_bell
+    quiet.relay._on_bell(together)
+    bell._on_push = quiet.relay._on_bell
     assert "".join(order) == ("r" * relays.RINGS + "w" * relays.RINGS) * 2
-    await asyncio.gather(*map(stage.finish, names), *tasks)
+    await asyncio.gather(*map(quiet.finish, names), *tasks)
 
 
 async def test_a_connection_that_breaks_while_it_is_written_to_disturbs_nobody(stage):
@@ -342,7 +346,7 @@ async def test_a_lost_ring_costs_a_sweep(stage):
     await settled(stage)
     with unheard():
         await stage.say("s", "quiet")
-    await asyncio.wait_for(pipe.until(frame_end("quiet")), relays.SWEEP_SECONDS + 1)
+    await pipe.until(frame_end("quiet"))
 
 
 async def test_a_ring_brings_the_events_themselves(quiet):
@@ -481,13 +485,14 @@ async def test_lost_connections_are_opened_anew(stage, kind):
         await asyncio.sleep(0.01)
     for text in ("a", "b"):
         await stage.say("s", text)
-        await asyncio.wait_for(pipe.until(frame_end(text)), 3)
+        await pipe.until(frame_end(text))
     assert pipe.body == await stage.expected()
 
 
 async def test_a_connection_that_falls_silent_is_opened_anew(stage, monkeypatch):
     """A Redis that no longer answers is left for a new connection; quiet ones are pinged."""
-    monkeypatch.setattr(relays, "SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(relays, "SWEEP_SECONDS", 0.1)  # a machine that stops for a while
+    monkeypatch.setattr(relays, "SILENCE_SECONDS", 2.0)  # shall look like no silence of Redis
     await stage.begin()
     pipe, _ = await stage.watch()
     await settled(stage)
@@ -563,18 +568,38 @@ async def test_a_long_log_is_replayed_in_pages(stage):
     assert pipe.body == await stage.expected()
 
 
-async def test_silence_is_filled_and_events_put_it_off(stage):
+class Clock:
+    """The clock by which a connection is silent for long."""
+
+    def __init__(self):
+        self.now = time.monotonic()
+
+    def monotonic(self):
+        return self.now
+
+
+async def test_silence_is_filled_and_events_put_it_off(quiet, monkeypatch):
     """A keep-alive comes after so long without a write, again and again, and only then."""
-    await stage.begin()
-    pipe, _ = await stage.watch(idle=0.3)
-    await settled(stage)
+    clock = Clock()
+    for module in (channels, relays):
+        monkeypatch.setattr(module, "time", clock)
+    await quiet.begin()
+    pipe, _ = await quiet.watch(idle=0.05)
+    await settled(quiet)
+    [crowd] = next(iter(quiet.relay._channels.values()))._crowds.values()
+    [viewer] = crowd.viewers
     for n in range(8):
-        await asyncio.sleep(0.1)
-        await stage.say("s", MODEL_TEXT[n])
-    await pipe.until(frame_end(MODEL_TEXT[7]))
+        clock.now += 0.04
+        timer = viewer._timer
+        while viewer._timer is timer:  # until it has looked whether a keep-alive is due
+            await asyncio.sleep(0.001)
+        await quiet.say("s", MODEL_TEXT[n])
+        await pipe.until(frame_end(MODEL_TEXT[n]))
     assert sse.KEEP_ALIVE not in pipe.body
-    await pipe.until(sse.KEEP_ALIVE * 2)
-    await stage.say("s", "after")
+    for count in (1, 2):
+        clock.now += 0.05
+        await pipe.until(sse.KEEP_ALIVE * count)
+    await quiet.say("s", "after")
     await pipe.until(frame_end("after"))
 
 
