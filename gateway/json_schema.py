@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from gateway.schema_choices import plain
 from gateway.schema_width import width
 from shared.errors import invalid
 from shared.json_refs import target
@@ -102,7 +103,7 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
             itself.
     """
     nodes = _count(schema, where)
-    text = json.dumps({**schema, "x-guidance": OPTIONS}, ensure_ascii=False)
+    text = json.dumps({**plain(schema), "x-guidance": OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_CHARACTERS:
         raise invalid(where, f"has more than {MAX_CHARACTERS} characters")
     (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))
