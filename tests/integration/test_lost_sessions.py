@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+from shared import keys
 from shared.protocol import decode_request
 from tests.served import serving
 
@@ -44,7 +45,9 @@ async def test_a_session_that_outlives_every_worker_ends_with_an_error(redis_url
         [claimed] = await worker.claim()
         await worker.say(claimed, "half a ")
         queued = asyncio.create_task(client.post(url, json={**BODY, "session_id": "queued"}))
+        await waiting(worker)
         await worker.fleet.leave(worker.id)
+        await store.redis.zadd(keys.LEASES, {"begun": 1})  # it runs out
         first, second = await asyncio.gather(begun, queued)
         state = (await client.get("/v1/sessions/begun")).json()
     assert '"half a "' in first.text
