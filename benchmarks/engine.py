@@ -1,13 +1,13 @@
 """Tokens per second and latency of this stack, beside what people would use instead.
 
-    python3 run.py bench engine [--quick | --minutes 30 | --profile] [--peer URL …]
+    python3 run.py bench engine [--quick | --minutes 30 | --profile] [--peer vLLM=URL …]
 
 In one run, on the same models, prompts and lengths, alternating: this stack over HTTP, the engine
 alone, `generate()` on a static batch (what batching could give at best), `transformers serve`, and
-any OpenAI-compatible server that `--peer` names. Closed loop, greedy, tokens counted by `usage`.
-Table, numbers and chart go to `benchmarks/results/`. It ends in about `--minutes` (12), and says
-what was left out for that; `--quick` takes two minutes and saves nothing; `--profile` tells only
-where a step's time goes.
+any OpenAI-compatible server that `--peer [NAME=]URL` tells of. Closed loop, greedy, tokens counted
+by `usage`. Table, numbers and chart go to `benchmarks/results/`. It ends in about `--minutes` (12),
+and says what was left out for that; `--quick` takes two minutes and saves nothing; `--profile`
+tells only where a step's time goes.
 """
 
 from __future__ import annotations
@@ -138,8 +138,10 @@ def run_model(model: str, args: argparse.Namespace) -> tuple[list[Row], list[Row
         if not args.no_serve:
             serve = stack.enter_context(http.transformers_serve(folder))
             targets[serve.name] = serve
-        for url in args.peer:
-            targets[url] = http.Server(url, url, {"ignore_eos": True, "model": args.peer_model})
+        for given in args.peer:
+            name, _, url = given.rpartition("=")
+            extra = {"ignore_eos": True, "model": args.peer_model}
+            targets[name or url] = http.Server(name or url, url, extra)
         rows = []
         for row in measure(model, targets, local, args):
             rows.append(row)
@@ -171,8 +173,10 @@ def ratios(rows: list[Row]) -> Iterator[str]:
     """Yield what the aims are stated in: ratios within one run."""
     rate = {(row["who"], row["streams"]): row["rate"] for row in rows}
     counts = sorted({row["streams"] for row in rows})
-    for ours, other in (("this stack", "transformers serve"), tuple(LOCAL.values())):
-        if (other, counts[0]) in rate:
+    others = [name for name, _ in rate if name not in ("this stack", *LOCAL.values())]
+    pairs = [("this stack", name) for name in dict.fromkeys(others)]
+    for ours, other in (*pairs, tuple(LOCAL.values())):
+        if (ours, counts[0]) in rate and (other, counts[0]) in rate:
             each = ", ".join(f"{rate[ours, n] / rate[other, n]:.2f} at {n}" for n in counts)
             yield f"{ours} / {other}: {each}.\n"
 
@@ -296,7 +300,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="only where a step's time goes")
     parser.add_argument("--probes", type=int, help="requests to time the first token of")
     parser.add_argument("--threads", type=int, default=1, help="of the engine alone")
-    parser.add_argument("--peer", action="append", default=[], help="another server's address")
+    parser.add_argument("--peer", action="append", default=[], help="[NAME=]URL of another")
     parser.add_argument("--peer-model", default="any", help="the model's name there")
     parser.add_argument("--no-serve", action="store_true", help="leave out transformers serve")
     args = parser.parse_args()
