@@ -17,7 +17,7 @@ from shared.session_log import SessionLog, record_fields, tally
 from shared.store import is_wrong_type
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from shared.protocol import CancelReason, Event, GenerationRequest, ResponseParams, Status
     from shared.session_log import SessionRecord
@@ -127,17 +127,18 @@ class SessionQueue:
         lasting = self._watch_ttl_ms and new.response is not None and new.response.background
         return keys.LIVE_TTL * 1000 if lasting else self._watch_ttl_ms
 
-    async def claim(self, worker_id: str, free_slots: int) -> Claim:
+    async def claim(self, worker_id: str, free_slots: int, refused: Iterable[str] = ()) -> Claim:
         """Put sessions with an expired lease back, then lease of our model until no slot is free.
 
-        Each choice takes a slot; the last session may take more than there are.
+        Each choice takes a slot; the last session may take more than there are. Those `refused` are
+        left to others.
         """
         waiting, expiry, *found = await self._store.run(
             "claim",
             [keys.QUEUE, keys.LEASES, keys.CONTACT],
             [
                 *(worker_id, free_slots, LEASE_MS, keys.LIVE_TTL, keys.SESSION),
-                *(self.model, keys.WORK_BELL, LOOKED_AT, SILENCE_MS, CONTACT_MS),
+                *(self.model, keys.WORK_BELL, LOOKED_AT, SILENCE_MS, CONTACT_MS, *refused),
             ],
         )
         sessions = [Claimed(sid.decode(), lease.decode()) for sid, lease, _ in found]

@@ -166,11 +166,12 @@ class LeasedWorker(Worker):
         # worker, since we may have taken the ring that was meant for whoever has room, or has less.
         self._let_others = self._balance.is_heavy(self.taken) and not self._let_others
         free = 0 if self._let_others else min(self._free(), CLAIM_AT_ONCE)
-        claim = await self._queue.claim(self.worker_id, free)
+        refused = self._intake.refused()
+        claim = await self._queue.claim(self.worker_id, free, refused)
         for claimed, choices in zip(claim.sessions, claim.choices, strict=True):
             self._start(claimed, choices)
-        if self._let_others and claim.waiting:
-            await asyncio.sleep(FIRST_SECONDS)
+        if claim.waiting and (self._let_others or (refused and not claim.sessions)):
+            await asyncio.sleep(FIRST_SECONDS)  # and leave the bell to them
         elif not self._free():  # leave the bell to those that have room
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._intake.changed.wait(), PAUSE_SECONDS)
@@ -253,6 +254,8 @@ class LeasedWorker(Worker):
                 del self._jobs[session_id]
 
     async def _give_back(self, claimed: Claimed, why: GiveBack) -> None:
+        if why.lacked_memory:
+            self._intake.refuse(claimed.session_id)
         try:
             if await self._queue.release(claimed, blameless=why.blameless, waited=why.waited):
                 metrics.GIVEN_BACK.inc()

@@ -20,9 +20,12 @@ RECENT_SECONDS = 0.25
 PATIENCE_SECONDS = 1.0
 """A session that is prepared for longer (its media come slowly) does not keep others out."""
 
+REFUSED_SECONDS = 5.0
+"""For so long a worker leaves a session to others that it had no memory for."""
+
 
 class Intake:
-    """The sessions that were claimed, and that the engine has not begun."""
+    """The sessions that were claimed, and that the engine has not begun; and some to be left."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -30,6 +33,7 @@ class Intake:
         self._prepared: dict[str, float] = {}  # since when (monotonic)
         self._sent: set[str] = set()  # to the engine
         self._begun: deque[float] = deque()
+        self._refused: dict[str, float] = {}  # until when (monotonic)
 
     def take(self, session_id: str) -> None:
         """Count a session that was just claimed, and is to be prepared."""
@@ -53,6 +57,16 @@ class Intake:
         self._prepared.pop(session_id, None)
         self._sent.discard(session_id)
         self.changed.set()
+
+    def refuse(self, session_id: str) -> None:
+        """Leave a session to other workers for a while."""
+        self._refused[session_id] = time.monotonic() + REFUSED_SECONDS
+
+    def refused(self) -> list[str]:
+        """Return the sessions that are to be left to others now."""
+        now = time.monotonic()
+        self._refused = {sid: until for sid, until in self._refused.items() if until > now}
+        return list(self._refused)
 
     def room(self) -> int:
         """Return how many more may be claimed now; never below 0."""

@@ -15,7 +15,8 @@ from shared.protocol import CallDelta, Delta, Failed, Finished, ScoredDelta, Usa
 from shared.queue import RENEW_SECONDS
 from shared.session_log import replay
 from shared.store import FAILED
-from worker.engine.messages import Add
+from worker.attempts import FREE_CLAIMS, NO_MEMORY, check_attempts
+from worker.engine.messages import OUT_OF_MEMORY, Add
 from worker.meter import RunMeter, attributes, failed
 from worker.parts import NOT_NOW, GiveBack, LeaseLost, Turn
 from worker.publisher import Ending
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
     from worker.publisher import SessionWriter
 
 log = logging.getLogger("unbroken.job")
-
-CLAIMS_PER_ATTEMPT = 4
-"""So many claims count as an attempt, since a worker may die before its engine has begun."""
-
-FREE_CLAIMS = 2
-"""A session claimed more often, without a new token, is prepared and tried in a turn of its own."""
 
 
 class SessionJob:
@@ -145,7 +140,7 @@ class SessionJob:
     async def _generate(self, record: SessionRecord) -> Ending:
         try:
             request, generated = await self._load(record)
-            self._check_attempts(record)
+            check_attempts(record, self._parts.max_attempts)
             prompt = await self._prepare_in_turn(request, record)
             if prompt is None:
                 return self._ending(request.sampling.n)
@@ -153,6 +148,10 @@ class SessionJob:
             self._run_engine(prompt, request, generated, trial=trial)
             await self._done
             return self._ending(request.sampling.n)
+        except GiveBack as why:
+            if not (why.lacked_memory and self._is_last(record)):
+                raise
+            return Ending(Failed("unavailable", NO_MEMORY), "failed", self._usage())
         except UnbrokenError as error:
             if error.code in NOT_NOW:
                 raise GiveBack(waited=not self._handles) from None
@@ -171,7 +170,7 @@ class SessionJob:
                 self._parts.queue.request(sid), self._parts.log.read_all(sid)
             )
         except FAILED:
-            self._check_attempts(record)  # it may fail like this for ever
+            check_attempts(record, self._parts.max_attempts)  # it may fail like this for ever
             raise
         if raw is None:
             raise UnbrokenError("generation_failed", "The request is no longer kept.")
@@ -184,12 +183,11 @@ class SessionJob:
         self._prompt_tokens = record.prompt_tokens
         return request, generated
 
-    def _check_attempts(self, record: SessionRecord) -> None:
-        """Give up a session under which workers or engines died again and again."""
-        most = self._parts.max_attempts
-        if record.attempts >= most or record.claims > most * CLAIMS_PER_ATTEMPT:
-            tries = max(record.attempts, record.claims - 1)
-            raise UnbrokenError("generation_failed", f"The generation failed {tries} times.")
+    def _is_last(self, record: SessionRecord) -> bool:
+        """Whether this run is the last attempt, and has brought no token."""
+        assert self._writer is not None  # noqa: S101 - run() opened it
+        stands = self._writer.first + len(self._writer.pending) == record.last + 1
+        return stands and record.attempts + 1 >= self._parts.max_attempts
 
     def _on_begin(self) -> None:
         """Count this run as an attempt, from now on: its engine has begun it."""
@@ -306,7 +304,9 @@ class SessionJob:
         self._turn.leave()
         choice = self._handles[output.handle]
         if output.error:
-            self._done.set_exception(UnbrokenError(*output.error))
+            lacked_memory = output.error[0] == OUT_OF_MEMORY
+            why = GiveBack(blameless=False, lacked_memory=True) if lacked_memory else None
+            self._done.set_exception(why or UnbrokenError(*output.error))
             return
         self._counts[choice] = output.completion_tokens, output.reasoning_tokens
         assert self._meter and self._writer  # noqa: S101, PT018 - run() opened them

@@ -28,11 +28,14 @@ class GiveBack(Exception):  # noqa: N818 - see LeaseLost
     Args:
         blameless: the session cannot be the reason.
         waited: it could not begin here: it has waited for a worker all along.
+        lacked_memory: this worker has none for it, and another one shall try.
     """
 
-    def __init__(self, *, blameless: bool = True, waited: bool = False) -> None:
+    def __init__(
+        self, *, blameless: bool = True, waited: bool = False, lacked_memory: bool = False
+    ) -> None:
         super().__init__()
-        self.blameless, self.waited = blameless, waited
+        self.blameless, self.waited, self.lacked_memory = blameless, waited, lacked_memory
 
 
 class Parts:

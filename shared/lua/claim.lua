@@ -2,12 +2,13 @@
 -- it an epoch above all earlier ones. Sessions whose lease ran out go back to their old place, unless
 -- Redis was away lately: then their workers renew first. `claims` and `attempts` are counted since the
 -- log last grew; attempt.lua counts the latter. A worker gets sessions of its model only, until their
--- choices take all its free slots (the last one's may take more, else a large one might never run). A record
--- that is no hash is removed: it must not hold up the others.
+-- choices take all its free slots (the last one's may take more, else a large one might never run), and
+-- none that it refuses. A record that is no hash is removed: it must not hold up the others.
 -- KEYS: queue, leases, contact
 -- ARGV: 1 worker id, 2 free slots, 3 lease ms, 4 live ttl s, 5 session key prefix,
 --       6 model ('': any), 7 prefix of the models' work bells, 8 most sessions to look at,
---       9 longest silence ms, 10 ms without one that workers need to renew their leases
+--       9 longest silence ms, 10 ms without one that workers need to renew their leases,
+--       11… ids that are left to other workers
 -- Returns {still waiting, ms until the next lease can be taken (-1: none), {id, lease, choices}, …}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
@@ -39,6 +40,9 @@ for _, id in ipairs(expired) do
   end
 end
 
+local refused = {}
+for i = 11, #ARGV do refused[ARGV[i]] = true end
+
 local claimed, ours = {}, 0
 local free = tonumber(ARGV[2])
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
@@ -52,6 +56,8 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[8] - 1)) do
   elseif fits and free <= 0 then
     ours = 1
     break
+  elseif fits and refused[id] then
+    ours = 1
   elseif fits then
     redis.call('ZREM', KEYS[1], id)
     local epoch = math.max((tonumber(record[3]) or 0) + 1, micros)

@@ -22,11 +22,11 @@ from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
 from worker import consumer, handover, intake
+from worker.attempts import FREE_CLAIMS, NO_MEMORY
 from worker.balance import SLACK, Balance
 from worker.consumer import LeasedWorker
-from worker.engine.messages import Output, Piece, Prompt
+from worker.engine.messages import OUT_OF_MEMORY, Output, Piece, Prompt
 from worker.intake import AT_ONCE
-from worker.job import FREE_CLAIMS
 from worker.parts import Parts
 from worker.publisher import Publisher
 from worker.pulse import Pulse
@@ -77,6 +77,33 @@ class ScriptedEngine:
             piece = Piece((token,), f"{token} ", "content")
             finish = "length" if last else None
             sink(Output(handle, (piece,), finish, completion_tokens=token))
+        self.on_step_end()
+
+
+class NarrowEngine(ScriptedEngine):
+    """Has memory for so many tokens of a run; `short` counts the runs that lacked more."""
+
+    def __init__(self, tokens=0):
+        super().__init__()
+        self.tokens, self.short = tokens, 0
+
+    def add(self, message, sink, on_begin):
+        super().add(message, sink, on_begin)
+        self.running[message.handle].append(len(message.generated) + self.tokens)
+
+    def step(self):
+        for handle, [sink, count, most] in list(self.running.items()):
+            if count == most:
+                self.short += 1
+                del self.running[handle]
+                sink(Output(handle, error=(OUT_OF_MEMORY, "none")))
+            else:
+                self.running[handle][1] = count + 1
+                piece = Piece((count + 1,), f"{count + 1} ", "content")
+                finish = "length" if count + 1 == TOKENS else None
+                if finish:
+                    del self.running[handle]
+                sink(Output(handle, (piece,), finish, completion_tokens=count + 1))
         self.on_step_end()
 
 
@@ -536,9 +563,9 @@ async def test_workers_without_room_do_not_ring_for_each_other(make, log, store,
     def count(queue):
         claim = queue.claim
 
-        async def counted(worker_id, slots):
+        async def counted(worker_id, *args):
             claims[worker_id] += 1
-            return await claim(worker_id, slots)
+            return await claim(worker_id, *args)
 
         monkeypatch.setattr(queue, "claim", counted)
 
@@ -607,3 +634,58 @@ async def test_who_cannot_take_a_session_is_not_compared_with(store, state, mode
     await balance.look("m")
     assert balance.is_heavy(30)
     assert not balance.is_heavy(20 + SLACK)
+
+
+async def test_what_a_worker_has_no_memory_for_goes_on_at_another(make, log, store, monkeypatch):
+    """It is given back at once, and the one that lacked memory leaves it to others."""
+    monkeypatch.setattr(intake, "REFUSED_SECONDS", 600)
+    narrow = make("narrow", lambda: NarrowEngine(5))
+    narrow.start()
+    await submit(narrow.queue, "s")
+    while not narrow.engine.short or (await log.record("s")).status != "queued":
+        await asyncio.sleep(0.005)
+    await submit(narrow.queue, "t")  # it claims still, if not what it refuses
+    while narrow.engine.short < 2:
+        await asyncio.sleep(0.005)
+    wide = make("wide")
+    wide.start()
+    for name in "st":
+        record, text = await ended(log, name)
+        assert (record.status, text, record.takeovers) == ("finished", WHOLE, 1)
+        assert (await store.redis.hget(keys.session(name), "ended_by")).startswith(b"wide")
+    assert narrow.engine.short == 2
+
+
+async def test_a_session_that_no_worker_has_memory_for_ends_with_a_clear_error(
+    make, log, monkeypatch
+):
+    """After `MAX_ATTEMPTS` without a token it fails, as one that may be sent again."""
+    monkeypatch.setattr(intake, "REFUSED_SECONDS", 0.05)
+    worker = make("narrow", NarrowEngine)
+    worker.start()
+    await submit(worker.queue, "s")
+    record, text = await ended(log, "s")
+    assert (record.status, record.attempts, worker.engine.short, text) == ("failed", 3, 3, "")
+    [*_, last] = [decode_event(entry.data) for entry in await log.read_all("s")]
+    assert (last.code, last.message) == ("unavailable", NO_MEMORY)
+
+
+async def test_memory_for_a_part_at_a_time_is_enough(make, log, monkeypatch):
+    """Each run that brings tokens is no failed attempt, however many there are."""
+    monkeypatch.setattr(intake, "REFUSED_SECONDS", 0.0)
+    worker = make("narrow", lambda: NarrowEngine(8))
+    worker.start()
+    await submit(worker.queue, "s")
+    record, text = await ended(log, "s")
+    assert (record.status, text, worker.engine.short) == ("finished", WHOLE, 4)
+
+
+async def test_who_refuses_a_session_leaves_the_bell_to_others(store):
+    """A claim passes over what is refused, says that it waits, and rings for whoever has room."""
+    queue = SessionQueue(store, kept_seconds=60, watch_ms=60_000, model="m")
+    await submit(queue, "a", "b")
+    await store.redis.delete(keys.work_bell("m"))
+    claim = await queue.claim("w1", 4, ["a"])
+    assert ([c.session_id for c in claim.sessions], claim.waiting) == (["b"], 1)
+    assert await store.redis.llen(keys.work_bell("m")) == 1
+    assert [c.session_id for c in (await queue.claim("w2", 4)).sessions] == ["a"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worker.engine.logprobs import Scorer
 from worker.engine.masks import Masks
+from worker.engine.memory import lacks_memory
 from worker.engine.sampler import BAD_ROW, Sampler
 from worker.engine.sequence import Sequence
 
@@ -37,6 +38,8 @@ class Drawer:
 
         Raises:
             torch.AcceleratorError: the device is lost.
+            Exception: memory is short even for a row by itself (`lacks_memory`); as if nothing had
+                been drawn.
         """
         try:
             return self._draw(logits, rows)
@@ -44,11 +47,16 @@ class Drawer:
             raise
         except Exception:
             log.exception("sampling failed; trying row by row")
-        tokens = []
+        tokens = list[int]()
         for index, sequence in enumerate(rows):
             try:
                 tokens += self._draw(logits[index : index + 1], [sequence])
-            except Exception:
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                if lacks_memory(error):
+                    self._scorer.forget(rows, tokens)
+                    raise
                 log.exception("sampling failed for a row")
                 tokens.append(BAD_ROW)
         return tokens

@@ -44,6 +44,12 @@ class EncoderCache:
         """Bytes that are kept."""
         return self._bytes
 
+    def clear(self) -> bool:
+        """Forget all outputs; tell whether there were any."""
+        kept, self._bytes = bool(self._kept), 0
+        self._kept.clear()
+        return kept
+
     def encode(self, media: str, tensors: dict[str, Any]) -> dict[str, Any]:
         """Return a forward's arguments with outputs of the encoder in the place of pixels.
 

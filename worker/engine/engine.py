@@ -1,13 +1,13 @@
 """One step after the other: admit and prefill, decode all, sample, stop, say what came of it.
 
-A sequence's own failure (bad tensors, numbers that are not finite) ends that sequence alone.
+A sequence's own failure (bad tensors, numbers that are not finite) ends that sequence alone; one
+that there is no memory for waits, or leaves.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from collections.abc import Sequence as Rows
 
 import torch
 from torch import Tensor
@@ -23,18 +23,18 @@ from worker.engine.loader import LoadedModel
 from worker.engine.logprobs import attach
 from worker.engine.memory import lacks_memory
 from worker.engine.messages import LIMITS, Abort, Add, Cancel, Command, Limits, Output, Piece
-from worker.engine.outfit import FAILED, LOG_FAILED, prepare
+from worker.engine.outfit import FAILED, LOG_FAILED, NO_MEMORY, prepare
 from worker.engine.prefill import Fresh, Prefill
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.runner_setup import build_runner
 from worker.engine.sampler import BAD_ROW
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
+from worker.engine.shortage import Shortage
 from worker.engine.stopping import finish_reason
 
 log = logging.getLogger("unbroken.engine")
 
-NO_MEMORY = "There is not enough memory to go on with this sequence."
 DECODE_FAILED = "The model could not compute the next token."
 PREFILL_FAILED = "The model could not process the prompt."
 STEP_FAILED = "The next token could not be drawn: the model's numbers are not finite."
@@ -74,6 +74,9 @@ class Engine:
         self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
         self.decode = Decode(self.runner, self.scheduler)
         self.ahead = Ahead(self.runner, self.scheduler)
+        self.shortage = Shortage(
+            self.runner, self.scheduler, self.prefixes, self.ahead, self.holding
+        )
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
         self._batch = 0
@@ -120,25 +123,19 @@ class Engine:
         fresh = [] if trial else self._prefill()
         rows = self._rows(trial, fresh) if decode else []
         rows, flying = self._fly(rows) if decode else (rows, 0)
-        rows, logits = self._decode(rows)
-        if fresh:
-            rows = [*rows, *(one.sequence for one in fresh)]
-            parts = [one.logits for one in fresh]
-            logits = torch.cat(parts if logits is None else [logits, *parts])
+        count = flying + len(rows) + len(fresh)
+        rows, tokens = self._draw(rows, fresh, turn=decode)
         if trial and decode:
             trial.trial = trial.replays
             self._on_busy(())
         if decode:
-            self._batch = len(rows) + flying
-        worked = rows or flying or self.scheduler.prefilling
-        rows, logits = self.holding.sift(rows, logits, turn=decode)
+            self._batch = count
+        worked = count or self.scheduler.prefilling
         # No token comes soon with which those would end that were cancelled before they were held.
         ended = [s for s in self.holding.parked if s.handle in self.cancelled]
         for sequence in ended:
             self._finish(sequence, ())
-        if rows:
-            tokens = self.drawer.draw(logits, rows)
-            ended += self._take_in(rows, tokens)
+        ended += self._take_in(rows, tokens) if rows else []
         self._remove_all(ended)
         if decode and not (worked or rows or ended or self._outputs):
             self.holding.idle()
@@ -152,18 +149,8 @@ class Engine:
         return self._batch, used / min(most, self.runner.cache.max_tokens or most)
 
     def _add(self, add: Add) -> None:
-        context = self.loaded.context_length
-        eos, known = self.loaded.eos_ids, add.generated
-        sequence = Sequence(
-            add.handle, add.prompt, add.sampling, eos, context, known, trial=add.trial
-        )
-        if len(sequence.prompt_ids) >= context:
-            message = (
-                f"This model's maximum context length is {context} tokens, "
-                f"but the prompt has {len(sequence.prompt_ids)}."
-            )
-            self._fail(sequence, "context_length_exceeded", message)
-            return
+        bounds = self.loaded.eos_ids, self.loaded.context_length, add.generated
+        sequence = Sequence(add.handle, add.prompt, add.sampling, *bounds, trial=add.trial)
         try:
             self.drawer.sampler.check(sequence.sampling)
             if not prepare(sequence, self.loaded.tokenizer, self.tokens, self.cancelled):
@@ -173,9 +160,9 @@ class Engine:
             self._finish(sequence, ())  # its worker died between the last token and the end
         except UnbrokenError as error:
             self._fail(sequence, error.code, error.message)
-        except Exception:
+        except Exception as error:
             log.exception("a sequence could not be set up")
-            self._fail(sequence, FAILED, PREFILL_FAILED)
+            self._fail(sequence, *(NO_MEMORY if lacks_memory(error) else (FAILED, PREFILL_FAILED)))
         self.holding.forget(sequence)
 
     def _settle(self) -> None:
@@ -204,7 +191,7 @@ class Engine:
         """Compute this step's share of the new prompts; return the sequences that can run now."""
         fresh, failure = self.prefill.step(self._on_busy)
         if failure and lacks_memory(failure.error):
-            self._make_room(self.scheduler.prefilling)
+            self._leave(self.shortage.make_room(self.scheduler.prefilling))
         elif failure:
             log.error("prefill failed", exc_info=failure.error)
             self._fail(failure.sequence, FAILED, PREFILL_FAILED)
@@ -242,23 +229,40 @@ class Engine:
         rows, logits, failures = self.decode.step(rows)
         for failure in failures:
             if lacks_memory(failure.error):
-                self._make_room([failure.sequence])
+                self._leave(self.shortage.make_room([failure.sequence]))
             else:
                 self._fail(failure.sequence, FAILED, DECODE_FAILED)
                 self._remove(failure.sequence)
         return rows, logits
 
-    def _make_room(self, rows: Rows[Sequence]) -> None:
-        """Have the newest of the rows wait until others have left; fail one that runs alone."""
-        newest = max(rows, key=lambda s: s.handle)
-        if len(self.scheduler.live) == 1:
-            self._fail(newest, FAILED, NO_MEMORY)
-            self._remove(newest)
-        else:
-            log.warning("memory is short: a sequence waits", extra={"running": len(rows)})
-            self.ahead.forget(newest)
-            self._close_gap(self.scheduler.put_back(newest))
-        torch.cuda.empty_cache()  # without CUDA it does nothing
+    def _draw(
+        self, rows: list[Sequence], fresh: list[Fresh], *, turn: bool
+    ) -> tuple[list[Sequence], list[int]]:
+        """Decode the rows; return a token for each of them and the fresh ones that can have one.
+
+        Where memory is short elsewhere than in the forward, nobody has one, and all begin anew.
+        """
+        try:
+            rows, logits = self._decode(rows)
+            if fresh:
+                rows = [*rows, *(one.sequence for one in fresh)]
+                parts = [one.logits for one in fresh]
+                logits = torch.cat(parts if logits is None else [logits, *parts])
+            rows, logits = self.holding.sift(rows, logits, turn=turn)
+            return rows, self.drawer.draw(logits, rows) if rows else []
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+        self._leave(self.shortage.begin_anew())
+        return [], []
+
+    def _leave(self, sequence: Sequence | None) -> None:
+        """Let a sequence go that there is no memory for, if there is one."""
+        if sequence is not None:
+            self._fail(sequence, *NO_MEMORY)
+            self._remove(sequence)
 
     def _take_in(self, rows: list[Sequence], tokens: list[int]) -> list[Sequence]:
         """Add a token to each sequence; return those that it ends."""
@@ -283,9 +287,9 @@ class Engine:
                 return True
         except torch.AcceleratorError:
             raise
-        except Exception:
+        except Exception as error:
             log.exception("a token could not be taken in")
-            self._fail(sequence, FAILED, TEXT_FAILED)
+            self._fail(sequence, *(NO_MEMORY if lacks_memory(error) else (FAILED, TEXT_FAILED)))
             return True
         if pieces:
             self._say(sequence, pieces)
@@ -339,10 +343,6 @@ class Engine:
             self.runner.scrub(sequence.slot)  # nobody has looked at its numbers yet
         self.holding.forget(sequence)
         self.ahead.forget(sequence)
-        self._close_gap(self.scheduler.remove(sequence))
         self.cancelled.pop(sequence.handle, None)
-
-    def _close_gap(self, moves: list[tuple[int, Sequence]]) -> None:
-        """Bring the sequences that got another row there."""
-        for source, sequence in moves:
-            self.runner.move(source, sequence)
+        for source, moved in self.scheduler.remove(sequence):
+            self.runner.move(source, moved)

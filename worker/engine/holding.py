@@ -70,6 +70,10 @@ class Holding:
         if sequence.constraint is not None:
             sequence.constraint.close()
 
+    def unpark(self) -> None:
+        """Drop the logits of those that wait: all is computed again."""
+        self._parked.clear()
+
     def sift(
         self, rows: list[Sequence], logits: Tensor | None, *, turn: bool = True
     ) -> tuple[list[Sequence], Tensor]:

@@ -113,6 +113,12 @@ class Scorer:
             assert waiting is not None  # noqa: S101 - `asked` says so
             waiting.append(scores)
 
+    def forget(self, rows: Rows[Sequence], tokens: Rows[int]) -> None:
+        """Drop the newest scores of the first rows: these tokens of theirs will be drawn again."""
+        for row, token in zip(rows, tokens, strict=False):
+            if row.scores is not None and token >= 0:
+                row.scores.pop()
+
 
 def _listed(values: Tensor) -> list[list[float]]:
     return [[round(max(v, LEAST), DIGITS) for v in row] for row in values.tolist()]

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from worker.engine.memory import lacks_memory
+
 if TYPE_CHECKING:
     from worker.engine.constraint import Constraint
     from worker.engine.sequence import Sequence
@@ -108,6 +110,9 @@ class Masks:
         """Return the logits, [B, V], with -inf for what is not allowed; themselves, if all is.
 
         Where a matcher has given up, its constraint has `failed`, and its row holds NaN.
+
+        Raises:
+            Exception: there was no memory for a mask (`lacks_memory`); the next call makes it.
         """
         limited = [(i, row, row.constraint) for i, row in enumerate(rows) if row.constraint]
         if not any(c.has_mask or c.failed or c.forced is not None or c.barred for *_, c in limited):
@@ -133,7 +138,10 @@ class Masks:
     def _bits(self, row: Sequence, constraint: Constraint) -> Bits:
         try:
             bits = self._masks[row.handle].future.result().bits
-        except Exception:
+        except Exception as error:
+            if lacks_memory(error):
+                del self._masks[row.handle]  # it is computed again
+                raise
             log.exception("a mask could not be computed")
             bits = None
         if bits is None:

@@ -9,6 +9,9 @@ import torch
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
+WORDS = ("tried to allocate", "t allocate memory", "not enough memory", "bad_alloc")
+"""What errors of torch's CPU allocator and of C++ say, also as a recorded step repeats them."""
+
 
 def available_memory() -> int:
     """Return the bytes of main memory that this process may still take."""
@@ -20,4 +23,6 @@ def available_memory() -> int:
 
 def lacks_memory(error: BaseException) -> bool:
     """Tell whether memory was short; torch's CPU allocator says so in a `RuntimeError`."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)

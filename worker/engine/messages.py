@@ -198,10 +198,15 @@ class Piece(msgspec.Struct, frozen=True):
     call: Call | None = None
 
 
+OUT_OF_MEMORY = "out_of_memory"
+"""Code of the error of a sequence that this engine has no memory for; another one may have some."""
+
+
 class Output(msgspec.Struct, frozen=True):
     """What one step gave one sequence; the last one bears `finish`, or `error`.
 
-    The error is a code, a message, and the parameter at fault where there is one.
+    The error is a code, a message, and the parameter at fault where there is one. The code is one
+    of `shared.errors`, or `OUT_OF_MEMORY`.
     """
 
     handle: int

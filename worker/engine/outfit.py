@@ -12,6 +12,7 @@ from shared.errors import UnbrokenError
 from shared.protocol import CancelReason
 from worker.engine.constraint import Constraint
 from worker.engine.detokenizer import Detokenizer
+from worker.engine.messages import OUT_OF_MEMORY
 from worker.engine.stopping import build_stopping
 from worker.tools import PARSERS
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 FAILED = "generation_failed"
 LOG_FAILED = "The answer so far does not follow its format."
+NO_MEMORY = OUT_OF_MEMORY, "There is not enough memory to go on with this sequence."
 
 
 def prepare(
@@ -30,8 +32,13 @@ def prepare(
 
     Raises:
         ValueError: it has token ids that the model does not.
-        UnbrokenError: what it has from the log does not follow its format.
+        UnbrokenError: the prompt leaves no room, or what it has from the log does not follow its
+            format.
     """
+    context, size = sequence.context_length, len(sequence.prompt_ids)
+    if size >= context:
+        message = f"This model's maximum context length is {context} tokens, but the prompt has"
+        raise UnbrokenError("context_length_exceeded", f"{message} {size}.")
     ids = (*sequence.prompt_ids, *sequence.output_ids)
     if not ids or min(ids) < 0 or max(ids) >= tokens.vocab_size:
         raise ValueError("token ids outside the vocabulary")

@@ -54,10 +54,11 @@ class Penalties:
         return logits
 
     def _table(self, row: Sequence) -> _Table:
-        table = self._tables.get(row.handle)
+        table = self._tables.pop(row.handle, None)
         if table is None or table.outputs is not row.output_ids:
-            table = self._tables[row.handle] = _Table(row, self._vocab_size)
-        table.advance()
+            table = _Table(row, self._vocab_size)
+        table.advance()  # one that fails for want of memory has counted who knows what: it is gone
+        self._tables[row.handle] = table
         return table
 
 

@@ -66,6 +66,8 @@ class Prefill:
         """
         fresh: list[Fresh] = []
         try:
+            if self._scheduler.prefilling:  # for one that was admitted there may have been no room
+                self._runner.reserve(self._scheduler.live)
             planned = self.plan()
         except torch.AcceleratorError:
             raise

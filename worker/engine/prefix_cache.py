@@ -100,6 +100,13 @@ class PrefixCache:
         ids = _ids(sequence, len(sequence.prompt_ids))
         return _usable(sequence, ids, _ids(other, other.target), *_media(other)) >= LEAST
 
+    def clear(self) -> bool:
+        """Forget all ended sequences; tell whether there were any."""
+        kept = list(self._stored)
+        for key in kept:
+            self._drop(key)
+        return bool(kept)
+
     @torch.inference_mode()
     def keep(self, sequence: Sequence) -> None:
         """Remember a sequence that ends now, and still has its row."""

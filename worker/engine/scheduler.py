@@ -103,6 +103,18 @@ class Scheduler:
         self._room = max(1, len(self.running) + len(self.prefilling))
         return moves
 
+    def put_all_back(self) -> None:
+        """Take all sequences out for want of memory; they are the next to be admitted, in order.
+
+        Until one has left, all but one of them may have a row. What the rows hold is lost.
+        """
+        live = sorted(self.live, key=lambda s: s.handle)
+        self.running, self.prefilling = [], []
+        for sequence in live:
+            sequence.slot, sequence.length, sequence.cached = -1, 0, 0
+        self._waiting = {s.handle: s for s in live} | self._waiting
+        self._room = max(1, len(live) - 1)
+
     def _take_out(self, sequence: Sequence) -> list[tuple[int, Sequence]]:
         hole, sequence.slot = sequence.slot, -1
         moves = []
