@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 
 import httpx
 import uvicorn
 
-import run
 from gateway.main import RequestIds, create_app
 from gateway.server import guarded
 from shared.settings import GatewaySettings
@@ -18,7 +18,8 @@ from shared.settings import GatewaySettings
 @contextlib.asynccontextmanager
 async def serving(redis_url: str, **settings) -> AsyncIterator[httpx.AsyncClient]:
     """Run a gateway with these settings; gives a client of it."""
-    port = run.free_port()
+    listening = socket.create_server(("127.0.0.1", 0))  # held from here on: nobody else gets it
+    port = listening.getsockname()[1]
     app = create_app(GatewaySettings(_env_file=None, redis_url=redis_url, port=port, **settings))
     config = uvicorn.Config(
         RequestIds(app),
@@ -29,8 +30,9 @@ async def serving(redis_url: str, **settings) -> AsyncIterator[httpx.AsyncClient
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
-    task = asyncio.create_task(server.serve())
+    task = asyncio.create_task(server.serve([listening]))
     while not server.started:
+        assert not task.done()
         await asyncio.sleep(0.01)
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False)
     client.services = app.state.services

@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 
+from gateway import patience
 from shared.protocol import Delta, Finished, Usage
 from shared.session_log import SessionLog
 from shared.store import Store, connect
@@ -59,8 +60,7 @@ async def test_fifty_streams_go_on_when_redis_is_killed_and_restarted(own_redis,
         ]
         claims = []
         while len(claims) < STREAMS:
-            await worker.announce()  # a busy machine takes longer than it lasts
-            claims += (await worker.queue.claim(worker.id, STREAMS)).sessions
+            claims += await worker.claim(STREAMS)
             await worker.queue.wait_for_work(0.1)
         written = [
             asyncio.create_task(generate(publisher, c, lambda: asyncio.sleep(0.02))) for c in claims
@@ -89,8 +89,9 @@ async def test_fifty_streams_go_on_when_redis_is_killed_and_restarted(own_redis,
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/v1/chat/completions"), ("GET", "/v1/sessions/s/events")]
 )
-async def test_a_resume_waits_for_a_redis_that_is_soon_back(own_redis, method, path):
+async def test_a_resume_waits_for_a_redis_that_is_soon_back(own_redis, method, path, monkeypatch):
     """Who comes back during a restart is answered with its stream, not with a 503."""
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 20)  # a busy machine starts it slowly
     store = Store(connect(own_redis.url, retries=10))
     worker = ScriptedWorker(store)
     await worker.announce()
@@ -112,8 +113,9 @@ async def test_a_resume_waits_for_a_redis_that_is_soon_back(own_redis, method, p
     await store.close()
 
 
-async def test_a_response_resumed_waits_for_a_redis_that_is_soon_back(own_redis):
+async def test_a_response_resumed_waits_for_a_redis_that_is_soon_back(own_redis, monkeypatch):
     """`starting_after` has the patience that `Last-Event-ID` has."""
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 20)
     store = Store(connect(own_redis.url, retries=10))
     worker = ScriptedWorker(store)
     await worker.announce()

@@ -34,7 +34,7 @@ class Group:
                 f"{common}requirepass {GUARD}\nsentinel sentinel-pass {GUARD}\n"
                 f"sentinel monitor talk 127.0.0.1 {master} 2\n"
                 f'sentinel auth-pass talk "{PASSWORD}"\n'
-                "sentinel down-after-milliseconds talk 600\n"
+                "sentinel down-after-milliseconds talk 1500\n"
                 "sentinel failover-timeout talk 4000\n",
                 "--sentinel",
             )
@@ -101,7 +101,7 @@ async def test_clients_follow_the_master(group):
     assert await bare.call("GET", "before") == b"1"
     group.kill(master)
     with pytest.raises(RedisConnectionError):
-        await asyncio.wait_for(bare.closed, 5)
+        await asyncio.wait_for(bare.closed, 20)
     await eventually(lambda: store.redis.set("after", "2", ex=60))
     again = await eventually(lambda: wire.connect(store.redis, lambda _: None))
     assert await again.call("MGET", "before", "after") == [b"1", b"2"]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.stack import alive, wait_until
-from worker import launch
+from worker import engine_process, launch
 from worker.child import ChildDied, ChildPool, StartFailed
 from worker.engine.channel import Channel
 from worker.engine.messages import EngineConfig
@@ -134,7 +134,7 @@ async def test_closing_a_pool_does_not_wait_for_imports(busy_template) -> None:
     starting = asyncio.create_task(pool.start())
     while not pool._slots or pool._slots[0].child is None:
         await asyncio.sleep(0)
-    await asyncio.wait_for(pool.close(), 5)
+    await asyncio.wait_for(pool.close(), 20)
     with pytest.raises(ChildDied):
         await starting
 
@@ -143,20 +143,21 @@ async def test_a_pool_gives_up_a_child_that_does_not_begin(busy_template) -> Non
     """The time a child may take to start counts the template's imports."""
     pool = ChildPool("tests.unit.test_child:create", launch=busy_template.launch, start_timeout=0.1)
     with pytest.raises(StartFailed):
-        await asyncio.wait_for(pool.start(), 5)
-    await asyncio.wait_for(pool.close(), 5)
+        await asyncio.wait_for(pool.start(), 20)
+    await asyncio.wait_for(pool.close(), 20)
 
 
-async def test_an_engine_that_is_not_forked_yet_ends_at_once(busy_template) -> None:
+async def test_an_engine_that_is_not_forked_yet_ends_at_once(busy_template, monkeypatch) -> None:
     """Whoever watches its socket hears of its end, and closing waits for no imports."""
+    monkeypatch.setattr(engine_process, "STOP_SECONDS", 60)
     engine = EngineProcess(
         EngineConfig("m", None, "cpu", "auto", False, 1, 64, 1), busy_template.launch
     )
     ended = asyncio.Event()
     engine.watch(lambda _: ended.set())
     engine.kill()
-    await asyncio.wait_for(ended.wait(), 5)
-    await asyncio.wait_for(engine.end(), 1)
+    await asyncio.wait_for(ended.wait(), 20)
+    await asyncio.wait_for(engine.end(), 20)
 
 
 def test_with_a_killed_template_its_children_end_and_the_next_gets_another(template) -> None:
