@@ -11,14 +11,14 @@ import msgspec
 
 from shared import protocol
 from shared.errors import UnbrokenError
-from shared.protocol import CallDelta, Delta, Failed, Finished, ScoredDelta, Usage
+from shared.protocol import Failed, Finished, Usage
 from shared.queue import RENEW_SECONDS
 from shared.session_log import replay
 from shared.store import FAILED
-from worker.attempts import FREE_CLAIMS, NO_MEMORY, check_attempts
-from worker.engine.messages import OUT_OF_MEMORY, Add
+from worker.engine.messages import Add
+from worker.events import NO_MEMORY, delta, failure
 from worker.meter import RunMeter, attributes, failed
-from worker.parts import NOT_NOW, GiveBack, LeaseLost, Turn
+from worker.parts import FREE_CLAIMS, NOT_NOW, GiveBack, LeaseLost, Turn
 from worker.publisher import Ending
 
 if TYPE_CHECKING:
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from shared.protocol import CancelReason, FinishReason, GenerationRequest
     from shared.queue import Claimed
     from shared.session_log import SessionRecord
-    from worker.engine.messages import Output, Piece, Prompt
+    from worker.engine.messages import Output, Prompt
     from worker.parts import Parts
     from worker.publisher import SessionWriter
 
 log = logging.getLogger("unbroken.job")
+
+CLAIMS_PER_ATTEMPT = 4
+"""So many claims count as an attempt, since a worker may die before its engine has begun."""
 
 
 class SessionJob:
@@ -140,7 +143,7 @@ class SessionJob:
     async def _generate(self, record: SessionRecord) -> Ending:
         try:
             request, generated = await self._load(record)
-            check_attempts(record, self._parts.max_attempts)
+            self._check_attempts(record)
             prompt = await self._prepare_in_turn(request, record)
             if prompt is None:
                 return self._ending(request.sampling.n)
@@ -170,7 +173,7 @@ class SessionJob:
                 self._parts.queue.request(sid), self._parts.log.read_all(sid)
             )
         except FAILED:
-            check_attempts(record, self._parts.max_attempts)  # it may fail like this for ever
+            self._check_attempts(record)  # it may fail like this for ever
             raise
         if raw is None:
             raise UnbrokenError("generation_failed", "The request is no longer kept.")
@@ -183,11 +186,17 @@ class SessionJob:
         self._prompt_tokens = record.prompt_tokens
         return request, generated
 
+    def _check_attempts(self, record: SessionRecord) -> None:
+        """Give up a session under which workers or engines died again and again."""
+        most = self._parts.max_attempts
+        if record.attempts >= most or record.claims > most * CLAIMS_PER_ATTEMPT:
+            tries = max(record.attempts, record.claims - 1)
+            raise UnbrokenError("generation_failed", f"The generation failed {tries} times.")
+
     def _is_last(self, record: SessionRecord) -> bool:
         """Whether this run is the last attempt, and has brought no token."""
-        assert self._writer is not None  # noqa: S101 - run() opened it
-        stands = self._writer.first + len(self._writer.pending) == record.last + 1
-        return stands and record.attempts + 1 >= self._parts.max_attempts
+        end = self._writer.first + len(self._writer.pending) if self._writer else 0
+        return end == record.last + 1 and record.attempts + 1 >= self._parts.max_attempts
 
     def _on_begin(self) -> None:
         """Count this run as an attempt, from now on: its engine has begun it."""
@@ -304,26 +313,17 @@ class SessionJob:
         self._turn.leave()
         choice = self._handles[output.handle]
         if output.error:
-            lacked_memory = output.error[0] == OUT_OF_MEMORY
-            why = GiveBack(blameless=False, lacked_memory=True) if lacked_memory else None
-            self._done.set_exception(why or UnbrokenError(*output.error))
+            self._done.set_exception(failure(output.error))
             return
         self._counts[choice] = output.completion_tokens, output.reasoning_tokens
         assert self._meter and self._writer  # noqa: S101, PT018 - run() opened them
         self._meter.output(choice, output.completion_tokens)
         for piece in output.pieces:
-            self._writer.write(self._event(choice, piece))
+            self._writer.write(delta(choice, piece, scored=self._scored))
         if output.finish:
             self._last[choice] = output
             if len(self._last) == len(self._handles):
                 self._done.set_result(None)
-
-    def _event(self, choice: int, piece: Piece) -> Delta | CallDelta:
-        if piece.call is not None:
-            return CallDelta(choice, piece.ids, piece.call.index, piece.text, piece.call.name)
-        if self._scored:
-            return ScoredDelta(choice, piece.ids, piece.text, piece.channel, piece.scores)
-        return Delta(choice, piece.ids, piece.text, piece.channel)
 
     def _ending(self, choices: int) -> Ending:
         cancelled = self._reason

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 NOT_NOW = ("unavailable", "model_not_ready")
 """Codes of what a worker cannot do for the moment, whatever the request."""
 
+FREE_CLAIMS = 2
+"""A session claimed more often, without a new token, is prepared and tried in a turn of its own."""
+
 
 class LeaseLost(Exception):  # noqa: N818 - a signal, not a fault
     """The session is another worker's now, or gone: drop it without a word."""

@@ -22,12 +22,12 @@ from shared.queue import SessionQueue, Submission
 from shared.session_log import SessionLog
 from shared.store import Store, connect
 from worker import consumer, handover, intake
-from worker.attempts import FREE_CLAIMS, NO_MEMORY
 from worker.balance import SLACK, Balance
 from worker.consumer import LeasedWorker
 from worker.engine.messages import OUT_OF_MEMORY, Output, Piece, Prompt
+from worker.events import NO_MEMORY
 from worker.intake import AT_ONCE
-from worker.parts import Parts
+from worker.parts import FREE_CLAIMS, Parts
 from worker.publisher import Publisher
 from worker.pulse import Pulse
 
