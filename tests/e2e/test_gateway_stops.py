@@ -19,8 +19,9 @@ from tests.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.timeout(60)
 BODY = {"messages": [{"role": "user", "content": "Tell me."}]}
-SILENCE_SECONDS = 1.5
-DRAIN_SECONDS = 3
+DRAIN_SECONDS = 15
+AT_ONCE = DRAIN_SECONDS - 5
+"""Seconds of silence at most, on a busy machine too: far less than what waits for the drain."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,15 @@ def other(redis_server, tmp_path_factory):
 
 
 @pytest.fixture
-def gateways(redis_url, other, tmp_path):
+def drain():
+    """How long the first gateway may drain, seconds."""
+    return DRAIN_SECONDS
+
+
+@pytest.fixture
+def gateways(redis_url, other, tmp_path, drain):
     """Two gateways, the first of which a test may stop or kill."""
-    one = GatewayProcess(redis_url, tmp_path, {"DRAIN_SECONDS": str(DRAIN_SECONDS)})
+    one = GatewayProcess(redis_url, tmp_path, {"DRAIN_SECONDS": str(drain)})
     yield one, other
     one.kill()
 
@@ -76,11 +83,11 @@ async def read(gateways, signal_at, number, producer):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_the_sdk_goes_on_at_another_gateway(gateways, producer, number):
     """Streams of a gateway that is stopped or killed go on at the other: whole, at once."""
-    producer.texts *= 6  # long enough not to end within the grace
+    producer.texts *= 10  # long enough not to end within the grace
     readers = [read(gateways, 8, number, producer) for _ in range(4)]
     for text, silence in await asyncio.gather(*readers):
         assert text == producer.text
-        assert silence <= SILENCE_SECONDS
+        assert silence <= AT_ONCE
     gateways[0].process.wait(DRAIN_SECONDS)  # nothing keeps it, once its streams have left
 
 
@@ -103,7 +110,7 @@ async def read_until_it_breaks(client, producer, gateway):
 async def test_a_stopping_gateway_breaks_off_behind_a_whole_event(gateways, producer):
     """What a client has read is whole frames, and then an end that is no end of the answer."""
     one, two = gateways
-    producer.texts *= 6
+    producer.texts *= 20
     async with httpx.AsyncClient(base_url=one.url, timeout=20, trust_env=False) as client:
         data, last = await read_until_it_breaks(client, producer, one)
         assert data.endswith(b"\n\n")
@@ -120,7 +127,7 @@ async def test_a_stopping_gateway_breaks_off_behind_a_whole_event(gateways, prod
 async def test_a_waiting_caller_is_answered_within_the_drain_time(gateways, producer):
     """A stopping gateway stays for the answer of who waits for a whole completion."""
     one, _ = gateways
-    async with httpx.AsyncClient(base_url=one.url, timeout=20, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=one.url, timeout=30, trust_env=False) as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=BODY))
         while not producer.sessions:
             await asyncio.sleep(0.01)
@@ -137,6 +144,7 @@ async def test_a_waiting_caller_is_answered_within_the_drain_time(gateways, prod
     one.process.wait(DRAIN_SECONDS)
 
 
+@pytest.mark.parametrize("drain", [2])
 async def test_a_caller_who_waits_too_long_is_told_to_come_back(gateways, producer):
     """After the drain time it gets a 503 with `Retry-After`, and finds its session again."""
     one, two = gateways
@@ -149,7 +157,7 @@ async def test_a_caller_who_waits_too_long_is_told_to_come_back(gateways, produc
         answer = await asked
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
         assert answer.headers["retry-after"] == "1"
-        one.process.wait(5)
+        one.process.wait(20)
         producer.gate.set()
         again = await client.post(f"{two.url}/v1/chat/completions", json=body)
     message = again.json()["choices"][0]["message"]
@@ -172,4 +180,4 @@ async def test_a_client_that_does_not_read_holds_up_no_stop(gateways, producer):
         one.process.terminate()
         began = time.monotonic()
         await asyncio.to_thread(one.process.wait, 20)
-        assert time.monotonic() - began < DRAIN_SECONDS
+        assert time.monotonic() - began < AT_ONCE

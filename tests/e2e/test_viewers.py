@@ -11,8 +11,8 @@ import redis.asyncio
 
 from shared import keys
 
-WATCHED_FOR = 1.5
-LATEST = WATCHED_FOR + 2.0
+WATCHED_FOR = 3.0
+LATEST = WATCHED_FOR + 7.0
 """The time itself, at most a second and a bit for the last renewal, and what busy machines need."""
 
 LONG = {
@@ -93,16 +93,17 @@ def kill_gateway(viewed, index):
     return viewed.kill("gateways", index), time.monotonic()
 
 
-async def test_leaving_is_noticed_to_the_second(viewed, clients):
+async def test_leaving_is_noticed(viewed, clients):
     """A running session ends as abandoned, the configured time after its viewer left."""
     async with watching(clients[0], "left"):
         await running(clients[1], "left")
-    seconds, last = await ended_after(viewed, "left", time.monotonic())
+        since = time.monotonic()
+    seconds, last = await ended_after(viewed, "left", since)
     assert "abandoned" in last
     assert WATCHED_FOR - 0.1 < seconds < LATEST
 
 
-async def test_a_killed_gateway_is_noticed_to_the_second(viewed, clients):
+async def test_a_killed_gateway_is_noticed(viewed, clients):
     """When the gateway of the only viewer is SIGKILLed, nothing keeps the session longer."""
     with contextlib.suppress(httpx.HTTPError):
         async with watching(clients[0], "killed") as lines:
@@ -120,12 +121,12 @@ async def test_coming_back_on_another_gateway_saves_the_session(viewed, clients)
     """A viewer whose gateway died, and who resumes elsewhere in time, has the rest of the text."""
     seen = []
     with contextlib.suppress(httpx.HTTPError):
-        async with watching(clients[0], "saved", max_tokens=2000) as lines:
+        async with watching(clients[0], "saved", max_tokens=3000) as lines:
             await running(clients[1], "saved")
             old, since = kill_gateway(viewed, 0)
             seen = [line async for line in lines]
     last = next((line[4:] for line in reversed(seen) if line.startswith("id: ")), "saved:0")
-    await asyncio.sleep(WATCHED_FOR - 0.7 - (time.monotonic() - since))
+    await asyncio.sleep(WATCHED_FOR - 2 - (time.monotonic() - since))
     header = {"last-event-id": last}
     got = await clients[1].post("/v1/chat/completions", headers=header, timeout=60)
     viewed.wait_restarted("gateways", old, 0)
@@ -141,7 +142,8 @@ async def test_a_waiting_session_is_cancelled_while_the_worker_is_busy(viewed, c
         await running(clients[0], "busy")
         async with watching(clients[1], "waiting"):
             assert await status(clients[1], "waiting") == "queued"
-        seconds, last = await ended_after(viewed, "waiting", time.monotonic())
+            since = time.monotonic()
+        seconds, last = await ended_after(viewed, "waiting", since)
         assert "abandoned" in last
         assert WATCHED_FOR - 0.1 < seconds < LATEST
         assert await status(clients[1], "busy") == "running"
