@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +18,12 @@ from benchmarks._gpu_measure import (
     synchronize,
     token_bytes,
 )
-from benchmarks._gpu_model import FULL, TINY, Scale, build
+from benchmarks._gpu_model import FULL, TINY, Scale, build, load_for_engine
 from shared.protocol import SamplingParams
 from worker.engine.bucketed import BucketOptions, best_options
-from worker.engine.messages import Prompt
+from worker.engine.messages import LIMITS, Prompt
 from worker.engine.model_runner import ModelRunner
+from worker.engine.runner_setup import build_runner
 from worker.engine.sequence import Chunk, Sequence
 from worker.engine.token_pool import PooledCache
 
@@ -31,6 +33,7 @@ Cells = Iterator[Cell]
 GREEDY = SamplingParams(temperature=0, max_tokens=2**20, ignore_eos=True)
 STAGES = ("eager", "ragged", "graph", "compiled")
 EXACT, FAST = "exact", "fast"  # what the engine itself takes, with and without EXACT=1
+READY = "getting ready"  # a cell after which a section's time begins anew
 
 
 class Bench:
@@ -66,6 +69,20 @@ class Bench:
         """Operations per second of a matrix product."""
         return matrix_rate(self.scale.dtype, 8192 if self.cuda else 512, self.device)
 
+    @cached_property
+    def working(self) -> dict[str, bool]:
+        """What of compiling and recording works here, tried as the engine does with a tiny model.
+
+        So a compiler that is missing costs the sections that need one, and no others.
+        """
+        scale = replace(TINY, dtype=self.scale.dtype)
+        model, wanted = build(scale, self.device), self.options(STAGES[-1])
+        runner, _ = build_runner(
+            load_for_engine(model, scale, scale.contexts[0], wanted), 2, LIMITS
+        )
+        found = BucketOptions() if runner.bucketed is None else runner.bucketed.options
+        return {"compile": found.compile, "capture": found.capture}
+
     @property
     def room(self) -> int:
         """Tokens of a row: the longest context that is measured."""
@@ -78,7 +95,7 @@ class Bench:
 
     def runner(self, stage: str, rows: int, room: int = 0) -> ModelRunner:
         """Return the runner of a stage with so many rows, always the same one until `release`."""
-        if stage == FAST and self.cuda:
+        if self.options(stage) == self.options(STAGES[-1]):
             stage = STAGES[-1]  # the same, and compiled once
         key = (stage, rows)
         if key not in self._runners:
@@ -88,7 +105,11 @@ class Bench:
     def options(self, stage: str) -> BucketOptions | None:
         """Return how a stage decodes; None: in plain steps."""
         if stage in {FAST, EXACT}:
-            return best_options(self.model, exact=stage == EXACT)
+            options = best_options(self.model, exact=stage == EXACT)
+            if options is None:
+                return None
+            able = self.working
+            return replace(options, compile=able["compile"], capture=able["capture"])
         return {
             "eager": None,
             "ragged": BucketOptions(),

@@ -1,8 +1,8 @@
 """The process that measures for the GPU benchmark; told what, it answers in JSON lines.
 
 `python -m benchmarks._gpu_child '{"tiny": …, "until": …, "sections": [["name", SHARE], …],
-"skip": […]}'`: a section may begin new cells for its share of the time that is left until then, a
-value of the monotonic clock. Cells to skip, of the first section, have been tried before.
+"skip": […], "lost": […]}'`: a section may begin new cells for its share of the time that is left
+until then, a value of the monotonic clock. Cells to skip, of the first section, have been tried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ prepare_torchvision()
 
 import torch
 
-from benchmarks._gpu_bench import Bench
+from benchmarks._gpu_bench import READY, Bench
 from benchmarks._gpu_checks import correctness, determinism, environment
 from benchmarks._gpu_peers import continuous, generate, static
 from benchmarks._gpu_requests import requests, requests_compiled
@@ -63,16 +63,20 @@ class Reporter:
 
 
 def run_section(
-    reporter: Reporter, name: str, bench: Bench, seconds: float, skip: list[str]
+    reporter: Reporter, name: str, bench: Bench, seconds: float, skip: list[str], lost: list[str]
 ) -> None:
-    """Measure cell by cell, as long as there is time; say what came of each, and what did not."""
-    bench.until = until = time.monotonic() + seconds
+    """Measure cell by cell, as long as there is time; say what came of each, and what did not.
+
+    Cells to `skip` have been tried; of those `lost`, by their first word, a process has died. A
+    section's time begins anew when it is ready.
+    """
+    bench.until = time.monotonic() + seconds
     reporter.say(name, event="begin", seconds=seconds)
     left_out = []
     for cell, measure in SECTIONS[name](bench):
         if cell in skip:
             continue
-        if time.monotonic() > until:
+        if time.monotonic() > bench.until or cell.split()[0] in lost:
             left_out.append(cell)
             continue
         began = time.monotonic()
@@ -86,6 +90,9 @@ def run_section(
             figures = {"failed": said(error)}
         figures["seconds"] = time.monotonic() - began
         reporter.say(name, cell=cell, figures=figures)
+        if cell.endswith(READY):
+            bench.until = time.monotonic() + seconds
+            reporter.say(name, event="begin", seconds=seconds)
     reporter.say(name, event="end", left_out=left_out)
 
 
@@ -112,8 +119,8 @@ def main() -> None:
     shares = [share for _, share in job["sections"]]
     for number, (name, share) in enumerate(job["sections"]):
         left = job["until"] - time.monotonic()
-        skip = [] if number else job["skip"]
-        run_section(reporter, name, bench, left * share / sum(shares[number:]), skip)
+        skip, lost = ([], []) if number else (job["skip"], job["lost"])
+        run_section(reporter, name, bench, left * share / sum(shares[number:]), skip, lost)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call takes, in milliseconds: until it is done, and until the host may go on."""
+    """What a call takes, in milliseconds: one after the other, and of the host alone."""
 
     ms: float
     host_ms: float
+
+
+APART = 3  # calls that are timed on the host, each with the device idle before it
 
 
 def synchronize(device: torch.device) -> None:
@@ -28,9 +31,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], Any], count: int, device: torch.device) -> Timing:
-    """Return what each of `count` calls takes, one behind the other, without waiting in between.
+    """Return what each of `count` calls takes, and what `APART` more take of the host alone.
 
-    The whole is timed by events on a GPU, by the clock elsewhere, where host and device are one.
+    Where calls follow each other the host waits whenever it is ahead; so its own time is that of
+    calls that find the device idle.
+    """
+    ms = _row_ms(call, count, device)
+    return Timing(ms, statistics.median(_host_ms(call, device) for _ in range(APART)))
+
+
+def _row_ms(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Return the milliseconds of each of `count` calls, one behind the other.
+
+    The whole is timed by events on a GPU, by the clock elsewhere.
     """
     synchronize(device)
     cuda = device.type == "cuda"
@@ -42,16 +55,23 @@ def timed(call: Callable[[], Any], count: int, device: torch.device) -> Timing:
         call()
     if cuda:
         ends[1].record()
-    host = (time.perf_counter() - began) * 1000
     synchronize(device)
-    whole = ends[0].elapsed_time(ends[1]) if cuda else host
-    return Timing(whole / count, host / count)
+    whole = ends[0].elapsed_time(ends[1]) if cuda else (time.perf_counter() - began) * 1000
+    return whole / count
+
+
+def _host_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds until a call returns, all before it being done."""
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1000
 
 
 def median_of(call: Callable[[], Any], count: int, device: torch.device, repeats: int = 3) -> float:
     """Return the median over repeats of the milliseconds that a call takes; after a first one."""
     call()
-    return statistics.median(timed(call, count, device).ms for _ in range(repeats))
+    return statistics.median(_row_ms(call, count, device) for _ in range(repeats))
 
 
 def copy_bandwidth(size: int, device: torch.device) -> float:

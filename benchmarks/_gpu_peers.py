@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks._gpu_bench import Bench, Cells
+from benchmarks._gpu_bench import STAGES, Bench, Cells
 from benchmarks._gpu_measure import Figures, synchronize
 from benchmarks._gpu_model import build_text_only, text_ids
 
 
 def generate(bench: Bench) -> Cells:
     """Time `generate()` as it comes, token by token."""
-    bench.release()
+    bench.release(STAGES[-1])  # whose steps have been compiled
     for batch in (1, bench.scale.batches[-1]):
         yield f"dynamic cache, {batch}", partial(_generate, bench, batch)
 

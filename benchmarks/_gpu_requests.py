@@ -6,7 +6,7 @@ import random
 import time
 from functools import partial
 
-from benchmarks._gpu_bench import Bench, Cells
+from benchmarks._gpu_bench import READY, Bench, Cells
 from benchmarks._gpu_measure import Figures
 from benchmarks._gpu_model import Scale, load_for_engine, text_ids
 from shared.protocol import SamplingParams
@@ -43,7 +43,7 @@ def requests_compiled(bench: Bench) -> Cells:
 def _requests(bench: Bench, stage: str) -> Cells:
     bench.release()
     holder: list[Engine] = []
-    yield "getting ready", partial(_prepare, bench, stage, holder)
+    yield READY, partial(_prepare, bench, stage, holder)
     for kind, temperature in TEMPERATURES.items():
         yield kind, partial(_run, bench, holder, temperature)
     holder.clear()
@@ -65,7 +65,7 @@ def _prepare(bench: Bench, stage: str, holder: list[Engine]) -> Figures:
         batch *= 2
     holder.append(engine)
     steps = engine.runner.bucketed  # what came of it: another way is taken where one fails
-    options = str(steps._options) if steps else "plain"  # noqa: SLF001 - has no other reader
+    options = str(steps.options) if steps else "plain"
     return {"largest_batch": batch // 2, "attention": engine.runner.attention, "steps": options}
 
 

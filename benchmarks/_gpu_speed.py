@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks._gpu_bench import FAST, GREEDY, STAGES, Bench, Cells, row
-from benchmarks._gpu_measure import Figures, median_of, prefill_operations, timed
+from benchmarks._gpu_measure import APART, Figures, median_of, prefill_operations, timed
 from benchmarks._gpu_model import image_prompt, text_ids, video_prompt
 from shared.protocol import SamplingParams
 from worker.engine.messages import LIMITS, Prompt
@@ -81,7 +81,7 @@ def _figures(
 ) -> Figures:
     steps = bench.scale.steps
     timing = timed(step, steps, bench.device)
-    floor = bench.step_bytes(batch, context - steps / 2) / bench.bandwidth * 1000
+    floor = bench.step_bytes(batch, context - APART - steps / 2) / bench.bandwidth * 1000
     return {
         "stage": stage,
         "batch": batch,
@@ -98,9 +98,9 @@ def _figures(
 def standing(bench: Bench, runner: ModelRunner, batch: int, context: int) -> list[Sequence]:
     """Return rows some steps short of a context, warmed up; what they hold is noise."""
     steps = bench.scale.steps
-    length = context - steps - WARM - AHEAD
+    length = context - steps - APART - WARM - AHEAD
     prompt = Prompt([HELD] * length)
-    tokens = [HELD] * (steps + WARM)
+    tokens = [HELD] * (steps + APART + WARM)
     sequences = [row(slot, prompt, tokens, context) for slot in range(batch)]
     for sequence in sequences:
         sequence.length = length

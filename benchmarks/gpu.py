@@ -46,11 +46,15 @@ SHARES = {
     "static": 4,
     "requests-compiled": 2,  # an engine of this kind may need minutes: for a call of its own
 }
-GRACE = 45.0  # seconds that a figure under way may take beyond its section's end
+GRACE = (
+    90.0  # seconds that a figure under way, a compilation too, may take beyond its section's end
+)
 COLD = 120.0  # seconds after which a process says something, from a slow disk too
 LEAST = 15.0  # seconds below which no further process is started
 TINY_MINUTES = 2.5
 CHILD = (sys.executable, "-m", "benchmarks._gpu_child")
+KINDS = ("decode", "large-batch", "determinism")  # sections whose cells are of kinds
+FATAL = ("its process ended", "AcceleratorError")  # how what such a cell says begins
 NO_GPU = 4  # its exit code where only `--tiny` can run
 
 Report = dict[str, Any]
@@ -131,6 +135,7 @@ class Run:
             "until": self._began + self._seconds,  # by a clock that all processes share
             "sections": [[name, SHARES[name]] for name in sections],
             "skip": list(self.report["sections"][sections[0]]["cells"]),
+            "lost": self._lost(sections[0]),
         }
         child = subprocess.Popen(
             [*self._child, json.dumps(job)],
@@ -145,6 +150,17 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # compilers have processes of their own
             child.wait()
+
+    def _lost(self, section: str) -> list[str]:
+        """List the kinds of cells that a process has died of: the others of a kind would kill too.
+
+        A kind is a name's first word. It says nothing in the other sections.
+        """
+        if section not in KINDS:
+            return []
+        cells = self.report["sections"][section]["cells"].items()
+        fatal = [cell for cell, found in cells if str(found.get("failed")).startswith(FATAL)]
+        return sorted({cell.split()[0] for cell in fatal})
 
     def _follow(self, child: subprocess.Popen[str], sections: list[str]) -> list[str]:
         lines = queue.Queue[str]()
@@ -173,7 +189,7 @@ class Run:
 
     def _died(self, code: int, left: list[str], known: int) -> list[str]:
         """Note that a process died; return what is left: its section too, if it had got on."""
-        section, why = self.report["sections"][left[0]], f"its process ended with {code}"
+        section, why = self.report["sections"][left[0]], f"{FATAL[0]} with {code}"
         if code == NO_GPU:
             self._seconds = 0.0  # another process finds none either
         self.report["deaths"] += 1

@@ -76,7 +76,7 @@ def test_figures_are_measured(whole):
     found = {**cells["decode"], **cells["large-batch"]}
     for name, step in found.items():
         assert 0 < steps * step["ms"] / 1000 < step["seconds"], name
-        read = model["step_bytes"] + step["batch"] * (step["context"] - 3) * model["token_bytes"]
+        read = model["step_bytes"] + step["batch"] * (step["context"] - 6) * model["token_bytes"]
         assert step["floor_ms"] == pytest.approx(read / bandwidth * 1000), name
         assert step["floor_share"] == pytest.approx(step["floor_ms"] / step["ms"]), name
         assert step["tokens_per_s"] == pytest.approx(step["batch"] / step["ms"] * 1000), name

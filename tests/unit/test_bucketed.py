@@ -15,8 +15,9 @@ from worker.engine.torchvision_shim import prepare_torchvision
 prepare_torchvision()  # before anything imports transformers
 # ruff: noqa: E402
 
-from worker.engine import loader, runner_setup
-from worker.engine.bucketed import BucketOptions, best_options
+from benchmarks._gpu_model import TINY, build
+from worker.engine import loader, ragged, runner_setup
+from worker.engine.bucketed import KINDS, BucketedDecode, BucketOptions, best_options
 from worker.engine.engine import Engine
 from worker.engine.loader import load
 from worker.engine.messages import Abort, Cancel, Limits
@@ -119,6 +120,33 @@ def test_each_bucket_gives_the_logits_of_plain_steps(plain, count, fixed):
     prompts = mixed(plain, count)
     expected = decoded(ModelRunner(plain.model, 9, LIMIT), prompts, 3)
     torch.testing.assert_close(decoded(runner, prompts, 3), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("path", [path for path in ragged.PATHS if path != "flex"])
+def test_a_step_asks_nothing_of_the_host(path, fixed):
+    """On a device that holds no numbers every kind of step runs: none waits for one.
+
+    There the flash kernels are only called, in half precision, with the shapes they would get.
+    """
+    if reason := ragged.unavailable(path, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(reason)
+    nowhere, scale = torch.device("meta"), dataclasses.replace(TINY, dtype=torch.bfloat16)
+    cache = PooledCache(scale.text["num_hidden_layers"], 4, LIMIT)
+    state = torch.zeros(1, scale.text["num_key_value_heads"], 1, scale.text["head_dim"])
+    for layer in cache.layers:
+        layer.lazy_initialization(*[state.to(nowhere, scale.dtype)] * 2)
+    cache.allocate()
+    steps = BucketedDecode(build(scale, nowhere), cache, BucketOptions(path, fixed=fixed))
+    vocabulary = scale.text["vocab_size"]
+    with torch.inference_mode():
+        for size in steps.buckets:
+            found = {kind: steps._run(size, kind)() for kind in KINDS}
+            assert {kind: tuple(out.shape) for kind, out in found.items()} == {
+                "logits": (size, vocabulary),
+                "best": (size,),
+                "drawn": (size,),
+            }
 
 
 def test_another_attention_gives_the_same_logits(plain):

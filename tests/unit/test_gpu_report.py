@@ -150,6 +150,33 @@ def test_a_process_that_dies_costs_one_figure():
     assert (run.report["complete"], run.report["deaths"], run.well) == (True, 1, False)
 
 
+STUBBORN = """
+import json, sys
+job = json.loads(sys.argv[1])
+for number, (name, _) in enumerate(job["sections"]):
+    print(json.dumps({"section": name, "event": "begin", "seconds": 9}), flush=True)
+    for cell in ("graph 1", "graph 2", "drawn 1"):
+        if number == 0 and (cell in job["skip"] or cell.split()[0] in job["lost"]):
+            continue
+        print(json.dumps({"section": name, "event": "cell", "cell": cell}), flush=True)
+        lost = name == "decode" and cell != "drawn 1"
+        figures = {"failed": "AcceleratorError: x"} if lost else {}
+        print(json.dumps({"section": name, "cell": cell, "figures": figures}), flush=True)
+        if lost:
+            sys.exit(3)
+    print(json.dumps({"section": name, "event": "end", "left_out": []}), flush=True)
+"""
+
+
+def test_a_way_to_decode_that_loses_the_device_is_tried_once():
+    """Others of its kind would take a process each; those of other kinds are measured."""
+    run = begin([sys.executable, "-c", STUBBORN])
+    run.measure()
+    assert list(run.report["sections"]["decode"]["cells"]) == ["graph 1", "drawn 1"]
+    assert list(run.report["sections"]["static"]["cells"]) == ["graph 1", "graph 2", "drawn 1"]
+    assert run.report["deaths"] == 1
+
+
 def test_a_process_that_never_begins_is_not_tried_for_ever():
     """Each section is given up whose process says nothing; without a GPU, all are at once."""
     run = begin([sys.executable, "-c", "import sys; sys.exit(1)"])

@@ -77,12 +77,14 @@ class BucketedDecode:
         options: how to run the steps.
 
     Attributes:
+        options: as given.
+        attention: the name of the path that they take.
         buckets: the batch sizes there are steps for, ascending.
     """
 
     def __init__(self, model: PreTrainedModel, cache: PooledCache, options: BucketOptions) -> None:
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
-        self._cache, self._options = cache, options
+        self._cache, self.options = cache, options
         self._device = model.get_input_embeddings().weight.device
         self.attention = options.attention or ragged.best(
             self._device, model.dtype, _heads(model), whole=options.fixed
@@ -104,8 +106,8 @@ class BucketedDecode:
     @property
     def rounding(self) -> str:
         """Name what rounding depends on, beside the libraries and the device."""
-        made = "compiled " if self._options.compile else ""
-        kind = "fixed " if self._options.fixed else ""
+        made = "compiled " if self.options.compile else ""
+        kind = "fixed " if self.options.fixed else ""
         size, window = self.buckets[-1], self._window()
         return f"{kind}{made}steps of {size} by {self.attention} over {window}"
 
@@ -206,7 +208,7 @@ class BucketedDecode:
         A change makes new steps, and may change rounding.
         """
         plan = self._cache.plan
-        follow = self.attention == "sdpa" and not self._options.fixed
+        follow = self.attention == "sdpa" and not self.options.fixed
         return plan.capacity if follow else -(-plan.max_capacity // PAGE) * PAGE
 
     def _step(self, forward: Forward, size: int, window: int, kind: str) -> Run:
@@ -235,7 +237,7 @@ class BucketedDecode:
             queries=torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device),
             window=window,
             path=self.attention,
-            whole=self._options.fixed,
+            whole=self.options.fixed,
         )
         hidden = self._decoder(
             input_ids=ids[:, None],
