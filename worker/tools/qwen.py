@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from worker.tools.parser import Found, ToolParser
-from worker.tools.text import overlap
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-HELD_MOST = 8192
-"""Characters of a call without arguments to show yet; longer, it is no call but text."""
+from worker.tools.parser import Found
+from worker.tools.tagged import CLOSE, HELD_MOST, OPEN, TaggedParser
 
 # What nearly every call begins with: its arguments can be shown from here on as they come.
 _HEAD = re.compile(
@@ -20,11 +16,10 @@ _HEAD = re.compile(
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _MAYBE_HEAD = re.compile(r'<tool_call>\s*(\{\s*("|$)|$)')
-_BLANK = re.compile(r"\s*")
 _SPACE = r"[ \n]{0,4}"  # in a grammar: what a model may write around the marks of JSON
 
 
-class QwenToolParser(ToolParser):
+class QwenToolParser(TaggedParser):
     """A call is shown from its name on, its arguments letter by letter as the model writes them.
 
     What stands in the tags and is no such object stays text, tags and all. Once the arguments have
@@ -32,14 +27,10 @@ class QwenToolParser(ToolParser):
     (as with OpenAI's models, callers have to check them).
     """
 
-    opening = OPEN
-
     def __init__(self, functions: Sequence[tuple[str, str]] = ()) -> None:  # noqa: ARG002
-        self._state: Literal["text", "arguments", "tail"] = "text"
         self._depth = 0
         self._in_string = self._escaped = False
         self._closed = False  # the brace that ends the object was there
-        self._after_call = False  # blanks between calls, or behind the last, are not shown
 
     @staticmethod
     def speaks(template: str) -> bool:
@@ -88,31 +79,12 @@ class QwenToolParser(ToolParser):
                 rules.append(f"call_{n}: NAME_{n} %json {schema} TAIL {quote(CLOSE)}")
         return "\n".join(rules)
 
-    def read(self, text: str, *, final: bool) -> Iterator[Found]:
-        """Yield what is known of the text: see `ToolParser.read`."""
-        at = 0
-        readers = {"text": self._text, "arguments": self._arguments, "tail": self._tail}
-        while at < len(text):
-            found = readers[self._state](text[at:], final)
-            if found is None:
-                return
-            if found.size:
-                yield found
-            at += found.size
-
-    def _text(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
-        if self._after_call:
-            blank = _size(_BLANK.match(text))
-            if blank:
-                return Found("markup", blank)
-            self._after_call = False
-        at = text.find(OPEN)
-        if at > 0:
-            return Found("text", at)
-        if at < 0:
-            held = 0 if final else overlap(text, OPEN)
-            return Found("text", len(text) - held) if held < len(text) else None
-        return self._call(text, final=final)
+    def _next(self, text: str, *, final: bool) -> Found | None:
+        if self._state == "arguments":
+            return self._arguments(text)
+        if self._state == "tail":
+            return self._tail(text, final=final)
+        return self._text(text, final=final)
 
     def _call(self, text: str, *, final: bool) -> Found | None:
         """Look at what begins with the opening tag."""
@@ -131,7 +103,7 @@ class QwenToolParser(ToolParser):
             return None
         return Found("text", len(OPEN))
 
-    def _arguments(self, text: str, _final: bool) -> Found:  # noqa: FBT001  # as `read` has it
+    def _arguments(self, text: str) -> Found:
         """Take what belongs to the JSON object of the arguments."""
         for at, letter in enumerate(text):
             if self._in_string:
@@ -152,29 +124,16 @@ class QwenToolParser(ToolParser):
                     return Found("arguments", at + 1)
         return Found("arguments", len(text))
 
-    def _tail(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
-        """Take what ends a call; anything else that comes instead is text."""
-        blank = _size(_BLANK.match(text))
-        if blank:
-            return Found("markup", blank)
+    def _tail(self, text: str, *, final: bool) -> Found | None:
+        """Take the brace that closes the object as well."""
         if not self._closed and text[0] == "}":
             self._closed = True
             return Found("markup", 1)
-        if text.startswith(CLOSE):
-            self._state, self._after_call = "text", True
-            return Found("end", len(CLOSE))
-        if not final and CLOSE.startswith(text):
-            return None
-        self._state = "text"
-        return Found("text", 0)
+        return super()._tail(text, final=final)
 
 
 def _head(name: str) -> str:
     return f'\n{{"name": {json.dumps(name)}, "arguments": '
-
-
-def _size(match: re.Match[str] | None) -> int:
-    return match.end() if match else 0
 
 
 def _string(text: str) -> str | None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 from worker.tools.arguments import Arguments
-from worker.tools.parser import Found, ToolParser
+from worker.tools.parser import Found
+from worker.tools.tagged import CLOSE, HELD_MOST, OPEN, TaggedParser
 from worker.tools.text import overlap
 from worker.tools.value_end import TAG as END_PARAMETER
 from worker.tools.value_end import ValueEnd
 from worker.tools.xml_grammar import SPACE, call_body, within_bounds
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER = "<parameter="
-HELD_MOST = 8192
-"""Characters of a call without a name or a parameter; longer, it is no call but text."""
 
 _NAME = r"([^<>\n]{1,256})>"
 _HEAD = re.compile(
@@ -27,10 +24,9 @@ _HEAD = re.compile(
 _MAYBE_HEAD = re.compile(r"\s*(<function=[^<>\n]{1,256}>\s*(<parameter=[^<>\n]{0,256})?)?")
 _KEY = re.compile(PARAMETER + _NAME)
 _MAYBE_KEY = re.compile(PARAMETER + r"[^<>\n]{0,256}")
-_BLANK = re.compile(r"\s*")
 
 
-class QwenXmlToolParser(ToolParser):
+class QwenXmlToolParser(TaggedParser):
     """The arguments become a JSON object: a parameter's text is taken as its schema has it.
 
     Text for a parameter that is a string is shown letter by letter; any other value once all of it
@@ -38,17 +34,13 @@ class QwenXmlToolParser(ToolParser):
     that comes twice; a call that has no function stays text, tags and all.
     """
 
-    opening = OPEN
-
     def __init__(self, functions: Sequence[tuple[str, str]] = ()) -> None:
         self._functions = dict(functions)
-        self._state: Literal["text", "body", "string", "value", "twice", "tail"] = "text"
         self._arguments = Arguments("")
         self._keys = set[str]()
         self._key = ""
         self._value_end = ValueEnd()
         self._at_start = False  # of a value: one newline is not part of it
-        self._after_call = False  # blanks between calls, or behind the last, are not shown
 
     @staticmethod
     def speaks(template: str) -> bool:
@@ -111,9 +103,7 @@ class QwenXmlToolParser(ToolParser):
                 rules += body.rules
         return "\n".join(rules)
 
-    def read(self, text: str, *, final: bool) -> Iterator[Found]:
-        """Yield what is known of the text: see `ToolParser.read`."""
-        at = 0
+    def _next(self, text: str, *, final: bool) -> Found | None:
         readers = {
             "text": self._text,
             "body": self._body,
@@ -122,25 +112,9 @@ class QwenXmlToolParser(ToolParser):
             "twice": self._twice,
             "tail": self._tail,
         }
-        while at < len(text):
-            found = readers[self._state](text[at:], final)
-            if found is None:
-                return
-            if found.size:
-                yield found
-            at += found.size
+        return readers[self._state](text, final=final)
 
-    def _text(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
-        if self._after_call:
-            if blank := _blank(text):
-                return blank
-            self._after_call = False
-        at = text.find(OPEN)
-        if at > 0:
-            return Found("text", at)
-        if at < 0:
-            held = 0 if final else overlap(text, OPEN)
-            return Found("text", len(text) - held) if held < len(text) else None
+    def _call(self, text: str, *, final: bool) -> Found | None:
         head = _HEAD.match(text)
         if head:
             self._state, self._keys = "body", set()
@@ -151,7 +125,7 @@ class QwenXmlToolParser(ToolParser):
             return None
         return Found("text", len(OPEN))
 
-    def _body(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+    def _body(self, text: str, *, final: bool) -> Found | None:
         """Take a parameter's tag, or the one that ends the call."""
         if key := _KEY.match(text):
             return self._open(key)
@@ -181,7 +155,7 @@ class QwenXmlToolParser(ToolParser):
         shown += '"' if self._state == "string" else ""
         return Found("arguments", tag.end(), arguments=shown)
 
-    def _string(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+    def _string(self, text: str, *, final: bool) -> Found | None:
         """Take a value that is shown as a JSON string while it comes."""
         if self._at_start:
             self._at_start = False
@@ -202,7 +176,7 @@ class QwenXmlToolParser(ToolParser):
         self._state = "body"
         return Found("arguments", end + len(END_PARAMETER), arguments='"')
 
-    def _value(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+    def _value(self, text: str, *, final: bool) -> Found | None:
         """Take a value of another kind, all at once."""
         end = self._value_end.find(text, final=final)
         if end < 0:
@@ -211,30 +185,13 @@ class QwenXmlToolParser(ToolParser):
         shown = self._arguments.json_of(self._key, text[:end])
         return Found("arguments", end + len(END_PARAMETER), arguments=shown)
 
-    def _twice(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
+    def _twice(self, text: str, *, final: bool) -> Found | None:
         end = text.find(END_PARAMETER)
         if end >= 0:
             self._state = "body"
             return Found("markup", end + len(END_PARAMETER))
         held = 0 if final else overlap(text, END_PARAMETER)
         return Found("markup", len(text) - held) if held < len(text) else None
-
-    def _tail(self, text: str, final: bool) -> Found | None:  # noqa: FBT001  # as `read` has it
-        """Take what ends a call; anything else that comes instead is text."""
-        if blank := _blank(text):
-            return blank
-        if text.startswith(CLOSE):
-            self._state, self._after_call = "text", True
-            return Found("end", len(CLOSE))
-        if not final and CLOSE.startswith(text):
-            return None
-        self._state = "text"
-        return Found("text", 0)
-
-
-def _blank(text: str) -> Found | None:
-    match = _BLANK.match(text)
-    return Found("markup", match.end()) if match and match.end() else None
 
 
 def _may_be_head(text: str) -> bool:
