@@ -71,12 +71,11 @@ class Engine:
         self.scheduler = Scheduler(max_batch_size, self.runner.cache.fits)
         self.prefixes = PrefixCache(self.runner.cache, limits.row_bytes)
         self.runner.encoded.max_bytes = limits.encoder_bytes
-        self.prefill = Prefill(self.runner, self.scheduler, self.prefixes, limits.chunk_tokens)
         self.decode = Decode(self.runner, self.scheduler)
         self.ahead = Ahead(self.runner, self.scheduler)
-        self.shortage = Shortage(
-            self.runner, self.scheduler, self.prefixes, self.ahead, self.holding
-        )
+        parts = self.runner, self.scheduler, self.prefixes
+        self.shortage = Shortage(*parts, self.ahead, self.holding)
+        self.prefill = Prefill(*parts, limits.chunk_tokens, self.shortage.spare)
         self.cancelled: dict[int, CancelReason] = {}
         self._outputs: list[Output] = []
         self._batch = 0
@@ -191,7 +190,7 @@ class Engine:
         """Compute this step's share of the new prompts; return the sequences that can run now."""
         fresh, failure = self.prefill.step(self._on_busy)
         if failure and lacks_memory(failure.error):
-            self._leave(self.shortage.make_room(self.scheduler.prefilling))
+            self._leave(self.shortage.make_room(failure.sequence))
         elif failure:
             log.error("prefill failed", exc_info=failure.error)
             self._fail(failure.sequence, FAILED, PREFILL_FAILED)
@@ -229,7 +228,7 @@ class Engine:
         rows, logits, failures = self.decode.step(rows)
         for failure in failures:
             if lacks_memory(failure.error):
-                self._leave(self.shortage.make_room([failure.sequence]))
+                self._leave(self.shortage.make_room(failure.sequence))
             else:
                 self._fail(failure.sequence, FAILED, DECODE_FAILED)
                 self._remove(failure.sequence)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.engine.memory import lacks_memory
 from worker.engine.model_runner import ModelRunner
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.scheduler import Scheduler
@@ -43,12 +44,18 @@ class Prefill:
         scheduler: gives rows to waiting sequences.
         prefixes: fills the beginning of a new sequence's row, where it can.
         chunk_tokens: most tokens of a step.
+        spare: gives memory back that is not needed; tells whether there was some.
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, prefixes: PrefixCache, chunk_tokens: int
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        prefixes: PrefixCache,
+        chunk_tokens: int,
+        spare: Callable[[], bool],
     ) -> None:
-        self._runner = runner
+        self._runner, self._spare = runner, spare
         self._scheduler, self._prefixes = scheduler, prefixes
         self._chunk_tokens = chunk_tokens
         self._alone = runner.replay  # rounding must not depend on who else is there
@@ -58,6 +65,8 @@ class Prefill:
     ) -> tuple[list[Fresh], Failure | None]:
         """Compute a step's chunks; return the sequences that run now, and the one that failed.
 
+        For want of memory that is the one that has got no room, else the newest without a token.
+
         Args:
             on_busy: is told whose the forward under way is, and then nobody.
 
@@ -66,8 +75,6 @@ class Prefill:
         """
         fresh: list[Fresh] = []
         try:
-            if self._scheduler.prefilling:  # for one that was admitted there may have been no room
-                self._runner.reserve(self._scheduler.live)
             planned = self.plan()
         except torch.AcceleratorError:
             raise
@@ -83,7 +90,10 @@ class Prefill:
                 raise
             except Exception as error:  # noqa: BLE001 - the engine judges it
                 if len(chunks) == 1:  # those behind it are tried again in the next step
-                    return fresh, Failure(chunks[0].sequence, error)
+                    newest = max(self._scheduler.prefilling, key=lambda s: s.handle)
+                    return fresh, Failure(
+                        newest if lacks_memory(error) else chunks[0].sequence, error
+                    )
                 groups.extend([chunk] for chunk in chunks)  # find out for whom it fails
             finally:
                 on_busy(())
@@ -127,7 +137,12 @@ class Prefill:
         size = len(sequence.prompt_ids)
         sequence.target = size if self._runner.replay else sequence.total
         self._scheduler.admit()
-        self._runner.reserve(self._scheduler.live)
+        try:
+            self._runner.reserve(self._scheduler.live)
+        except Exception as error:
+            if not (lacks_memory(error) and self._spare()):
+                raise
+            self._runner.reserve(self._scheduler.live)
         if not self._runner.replay:
             self._prefixes.fill(sequence, self._scheduler.live)
 

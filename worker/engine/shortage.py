@@ -7,7 +7,6 @@ has left. One that is alone leaves the engine: another worker may have the room.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence as Rows
 
 import torch
 
@@ -43,18 +42,18 @@ class Shortage:
         self._runner, self._scheduler, self._prefixes = runner, scheduler, prefixes
         self._ahead, self._holding = ahead, holding
 
-    def make_room(self, rows: Rows[Sequence]) -> Sequence | None:
-        """Make room after a forward that had none: drop copies, or have the newest row wait.
+    def make_room(self, newest: Sequence) -> Sequence | None:
+        """Make room after a forward that had none: drop copies, or have the newest sequence wait.
 
         Returns:
             The sequence that has to leave, since it is alone; None if all stay.
         """
-        newest, alone = max(rows, key=lambda s: s.handle), None
-        if not self._spare():
-            if len(self._scheduler.live) == 1:
+        alone, live = None, len(self._scheduler.live)
+        if not self.spare():
+            if live == 1:
                 alone = newest
             else:
-                log.warning("memory is short: a sequence waits", extra={"running": len(rows)})
+                log.warning("memory is short: a sequence waits", extra={"running": live})
                 self._ahead.forget(newest)
                 for source, sequence in self._scheduler.put_back(newest):
                     self._runner.move(source, sequence)
@@ -73,12 +72,12 @@ class Shortage:
             self._ahead.forget(sequence)
         self._holding.unpark()
         self._scheduler.put_all_back()
-        spared = self._spare()
+        spared = self.spare()
         if self._runner.bucketed is None:  # else it stays where it is
             self._runner.cache.release()
         return live[0] if len(live) == 1 and not spared else None
 
-    def _spare(self) -> bool:
+    def spare(self) -> bool:
         """Drop what is kept in case it comes again; tell whether rows were among it.
 
         What an encoder made does not count: a prompt that is tried again makes it again.
