@@ -12,6 +12,7 @@ BODY = {"messages": [{"role": "user", "content": "x"}]}
 
 async def waiting(worker, count=1):
     while await worker.queue.depth() < count:
+        await worker.announce()  # which holds for seconds, and requests may take longer
         await asyncio.sleep(0.01)
 
 
@@ -21,12 +22,15 @@ async def test_a_queued_session_that_redis_loses_is_an_error_for_all_who_wait(
     """After FLUSHALL a stream ends with one error event and [DONE], a plain caller with a 410."""
     async with serving(redis_url) as client:
         url = "/v1/chat/completions"
-        stream = asyncio.create_task(client.post(url, json={**BODY, "stream": True}))
         plain = asyncio.create_task(client.post(url, json=BODY))
-        await waiting(worker, 2)
-        await store.redis.flushall()
-        answer, other = await asyncio.gather(stream, plain)
-    events = [e for e in answer.text.split("\n\n") if "data: " in e]
+        await waiting(worker)
+        async with client.stream("POST", url, json={**BODY, "stream": True}) as answer:
+            parts = answer.aiter_text()
+            text = await anext(parts)  # what is lost before is no stream yet: a plain 410
+            await store.redis.flushall()
+            text += "".join([part async for part in parts])
+        other = await plain
+    events = [e for e in text.split("\n\n") if "data: " in e]
     assert events[-1] == "data: [DONE]"
     error = json.loads(events[-2].split("data: ")[1])["error"]
     assert error["code"] == "events_expired"
