@@ -103,7 +103,8 @@ def check_schema(schema: dict[str, Any], where: str, budget: SchemaBudget | None
             itself.
     """
     nodes = _count(schema, where)
-    text = json.dumps({**plain(schema), "x-guidance": OPTIONS}, ensure_ascii=False)
+    choices = plain(schema, 1000 + 20 * nodes)  # all schemas of a request: half a second at most
+    text = json.dumps({**choices, "x-guidance": OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_CHARACTERS:
         raise invalid(where, f"has more than {MAX_CHARACTERS} characters")
     (budget or SchemaBudget()).spend(where, nodes=nodes, characters=len(text))

@@ -5,8 +5,10 @@ The worker's compiler sees that of options that stand there, not of references t
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Iterator
+from itertools import chain, combinations, islice
 from typing import Any
+from urllib.parse import unquote
 
 from shared.json_refs import target
 
@@ -15,6 +17,12 @@ MOST_OPTIONS = 64
 
 MOST_REFS = 8
 """References to references that are followed."""
+
+MOST_REQUIRED = 64
+"""Names that are looked at in a list of required ones."""
+
+MOST_STEPS = 40_000
+"""Comparisons for a schema, about a microsecond each; what comes behind them stays as it is."""
 
 MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
@@ -25,122 +33,171 @@ KINDS = {str: {"string"}, bool: {"boolean"}, type(None): {"null"}}
 """The types of JSON's values that are equal where Python's are: 1 and true are not compared."""
 
 
-def plain(schema: dict[str, Any]) -> dict[str, Any]:
+def plain(schema: dict[str, Any], steps: int = MOST_STEPS) -> dict[str, Any]:
     """Return a schema that the same documents follow, without a `oneOf` that `anyOf` can replace.
 
     What is no subschema, such as a `const` or a `default`, stays as it is, and so does the schema
     that was given. Nesting has to be bounded by the caller.
+
+    Args:
+        schema: with references into itself.
+        steps: most comparisons of options, and of what is required of them.
     """
-    made: dict[str, Any] = _plain(schema, schema)
+    if not all(map(_safe, _objects(schema))):
+        return schema
+    made: dict[str, Any] = _plain(schema, _Choices(schema, steps))
     return made
 
 
-def _plain(node: Any, root: dict[str, Any]) -> Any:
+def _objects(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    waiting: list[Any] = [*schema.values()]
+    yield {name: value for name, value in schema.items() if name != "$id"}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _safe(node: dict[str, Any]) -> bool:
+    """Return whether its reference, if any, is where we look for it, then as now."""
+    ref = node.get("$ref")
+    plainly = not isinstance(ref, str) or ref == "#" or ref.startswith("#/")
+    return plainly and "/oneOf" not in unquote(str(ref)) and not isinstance(node.get("$id"), str)
+
+
+def _plain(node: Any, choices: _Choices) -> Any:
     if not isinstance(node, dict):
         return node
     made: dict[str, Any] = {}
     for name, value in node.items():
         if name in MAPS and isinstance(value, dict):
-            made[name] = {key: _plain(child, root) for key, child in value.items()}
+            made[name] = {key: _plain(child, choices) for key, child in value.items()}
         elif name in LISTS and isinstance(value, list):
-            made[name] = [_plain(child, root) for child in value]
+            made[name] = [_plain(child, choices) for child in value]
         else:
-            made[name] = _plain(value, root) if name in SINGLE else value
+            made[name] = _plain(value, choices) if name in SINGLE else value
     options = node.get("oneOf")
-    if isinstance(options, list) and options and "anyOf" not in node and _exclusive(options, root):
+    if isinstance(options, list) and options and "anyOf" not in node and choices.exclude(options):
         made["anyOf"] = made.pop("oneOf")
     return made
 
 
-def _exclusive(options: list[Any], root: dict[str, Any]) -> bool:
-    """Return whether no document can follow two of the options, as far as can be seen."""
-    if len(options) > MOST_OPTIONS:
-        return False
-    parts = [_parts(option, root) for option in options]
-    return all(_apart(one, other, root) for one, other in combinations(parts, 2))
+class _Part:
+    """What is known of a document that follows a subschema, references in it aside."""
+
+    def __init__(self, node: dict[str, Any]) -> None:
+        self.node = node
+        self.values = _values(node)
+        self.kinds = _kinds(node, self.values)
+        names, properties = node.get("required"), node.get("properties", {})
+        listed = islice(names if isinstance(names, list) else [], MOST_REQUIRED)
+        self.required = [name for name in listed if isinstance(name, str)]
+        self.properties = properties if isinstance(properties, dict) else {}
+        closed = node.get("additionalProperties") is False and isinstance(properties, dict)
+        self.closed = closed and "patternProperties" not in node
 
 
-def _parts(option: Any, root: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the subschemas that a document of this option has to follow, all of them."""
-    found: list[dict[str, Any]] = []
-    while isinstance(option, dict) and len(found) < MOST_REFS:
-        found.append(option)
-        option = target(option.get("$ref"), root)
-    return found
+class _Option:
+    """What is known of a document that follows all of some parts."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self.parts = parts
+        kinds = [part.kinds for part in parts if part.kinds is not None]
+        self.kinds = set.intersection(*kinds) if kinds else None
+        self.values = next((part.values for part in parts if part.values is not None), None)
+        self.required = dict.fromkeys(name for part in parts for name in part.required)
+        self.limits: dict[str, set[Any] | None] = {}  # properties that were asked for
 
 
-def _apart(one: list[dict[str, Any]], other: list[dict[str, Any]], root: dict[str, Any]) -> bool:
-    kinds = _kinds(one), _kinds(other)
-    if kinds[0] is not None and kinds[1] is not None and not kinds[0] & kinds[1]:
-        return True
-    if _differ(_values(one), _values(other)):
-        return True
-    if kinds != ({"object"}, {"object"}):
-        return False
-    if _lacks(one, other) or _lacks(other, one):
-        return True
-    return any(
-        _differ(_values(_property(one, name, root)), _values(_property(other, name, root)))
-        for name in _required(one) | _required(other)
-    )
+class _Choices:
+    """Tells whether options exclude each other, until the steps are used up.
 
+    Each subschema is read once, however many refer to it.
+    """
 
-def _kinds(parts: list[dict[str, Any]]) -> set[str] | None:
-    """Return the types that a document may have; None for any. An integer is a number too."""
-    kinds: set[str] | None = None
-    for part in parts:
-        given = part.get("type")
-        names = given if isinstance(given, list) else [given]
-        stated = {name for name in names if isinstance(name, str)}
-        if "number" in stated:
-            stated.add("integer")
-        values = _values([part])
-        if values is not None:
-            stated = {kind for value in values for kind in KINDS[type(value)]}
-        if stated:
-            kinds = stated if kinds is None else kinds & stated
-    return kinds
+    def __init__(self, root: dict[str, Any], steps: int) -> None:
+        self._root, self._steps = root, steps
+        self._parts: dict[int, _Part] = {}  # by the subschema's id
 
+    def exclude(self, options: list[Any]) -> bool:
+        """Return whether no document can follow two of the options, as far as can be seen."""
+        if len(options) > MOST_OPTIONS:
+            return False
+        known = [_Option(self._follow(option)) for option in options]
+        return all(self._apart(one, other) for one, other in combinations(known, 2))
 
-def _values(parts: list[dict[str, Any]]) -> set[Any] | None:
-    """Return the strings, truth values and nulls that a document has to be one of; None: others."""
-    for part in parts:
-        listed = [part["const"]] if "const" in part else part.get("enum")
-        if isinstance(listed, list) and all(type(value) in KINDS for value in listed):
-            return set(listed)
-    return None
+    def _spend(self, steps: int) -> bool:
+        self._steps -= steps
+        return self._steps >= 0
 
+    def _follow(self, node: Any) -> list[_Part]:
+        """Return what a document of this subschema has to follow, all of it."""
+        found: list[_Part] = []
+        while isinstance(node, dict) and len(found) < MOST_REFS:
+            part = self._parts.get(id(node))
+            if part is None:
+                part = self._parts[id(node)] = _Part(node)
+            found.append(part)
+            node = target(node.get("$ref"), self._root)
+        return found
 
-def _differ(one: set[Any] | None, other: set[Any] | None) -> bool:
-    return one is not None and other is not None and not one & other
+    def _apart(self, one: _Option, other: _Option) -> bool:
+        if not self._spend(1):
+            return False
+        if one.kinds is not None and other.kinds is not None and one.kinds.isdisjoint(other.kinds):
+            return True
+        if self._differ(one.values, other.values):
+            return True
+        if one.kinds != {"object"} or other.kinds != {"object"}:
+            return False
+        if self._lacks(one, other) or self._lacks(other, one):
+            return True
+        names = chain(one.required, other.required)
+        return any(self._differ(self._limit(one, n), self._limit(other, n)) for n in names)
 
+    def _differ(self, one: set[Any] | None, other: set[Any] | None) -> bool:
+        if one is None or other is None:
+            return False
+        return self._spend(min(len(one), len(other)) // 32) and one.isdisjoint(other)
 
-def _required(parts: list[dict[str, Any]]) -> set[str]:
-    found = set[str]()
-    for part in parts:
-        names = part.get("required")
-        found |= (
-            {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    def _lacks(self, one: _Option, other: _Option) -> bool:
+        """Return whether an option allows no property that the other one requires."""
+        return any(
+            self._spend(1 + len(other.required) // 32)
+            and bool(other.required.keys() - part.properties.keys())
+            for part in one.parts
+            if part.closed
         )
-    return found
+
+    def _limit(self, option: _Option, name: str) -> set[Any] | None:
+        """Return what a property may be, where it can only be one of a few values."""
+        if name not in option.limits:
+            said = [part.properties[name] for part in option.parts if name in part.properties]
+            parts = [one for node in said for one in self._follow(node)]
+            within = (part.values for part in parts if part.values is not None)
+            left = self._spend(1 + len(option.parts) + len(parts))
+            option.limits[name] = next(within, None) if left else None
+        return option.limits[name] if self._spend(1) else None
 
 
-def _property(parts: list[dict[str, Any]], name: str, root: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the subschemas that a property has to follow."""
-    found: list[dict[str, Any]] = []
-    for part in parts:
-        properties = part.get("properties")
-        if isinstance(properties, dict):
-            found += _parts(properties.get(name), root)
-    return found
+def _kinds(node: dict[str, Any], values: set[Any] | None) -> set[str] | None:
+    """Return the types that a document may have; None for any. An integer is a number too."""
+    given = node.get("type")
+    names = given if isinstance(given, list) else [given]
+    stated = {name for name in names if isinstance(name, str)}
+    if "number" in stated:
+        stated.add("integer")
+    if values is not None:
+        stated = {kind for value in values for kind in KINDS[type(value)]}
+    return stated or None
 
 
-def _lacks(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    """Return whether an option allows no property that the other one requires."""
-    return any(
-        part.get("additionalProperties") is False
-        and "patternProperties" not in part
-        and isinstance(part.get("properties", {}), dict)
-        and bool(_required(other) - part.get("properties", {}).keys())
-        for part in one
-    )
+def _values(node: dict[str, Any]) -> set[Any] | None:
+    """Return the strings, truth values and nulls that a document has to be one of; None: others."""
+    listed = [node["const"]] if "const" in node else node.get("enum")
+    if isinstance(listed, list) and all(type(value) in KINDS for value in listed):
+        return set(listed)
+    return None
