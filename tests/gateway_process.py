@@ -34,7 +34,7 @@ class GatewayProcess:
         with self._log.open("ab") as log:
             argv = [sys.executable, "-m", "gateway.main"]
             self.process = subprocess.Popen(argv, cwd=ROOT, env=self._env, stdout=log, stderr=log)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).close()

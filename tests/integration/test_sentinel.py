@@ -14,6 +14,8 @@ import run
 from shared import sentinel, wire
 from shared.store import FAILED, Store, connect
 
+pytestmark = pytest.mark.timeout(90)  # a failover that is tried twice takes its time
+
 PASSWORD, GUARD = "geheim#1", "wache"
 
 

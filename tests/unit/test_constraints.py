@@ -225,7 +225,7 @@ async def test_bad_schemas_are_refused_in_bounded_time():
                 with pytest.raises(UnbrokenError) as caught:
                     await checker.check(form(schema))
                 assert (caught.value.kind.status, caught.value.param) == (400, "response_format")
-                assert time.monotonic() - began < 20  # two attempts, and a child that starts anew
+                assert time.monotonic() - began < 50  # two attempts, and a child that starts anew
         wrong = {"tools": "qwen", "functions": (("f", '{"type": "strange"}'),)}
         for demanded in ({"required": True}, {"strict": ("f",)}):
             with pytest.raises(UnbrokenError) as caught:

@@ -248,7 +248,7 @@ def test_a_successor_waits_for_the_grammar_too(loaded, gate):
 
 def test_a_prompt_is_not_held_up_by_a_held_row(loaded, gate, monkeypatch):
     """Where no token can be drawn, the steps that compute a prompt's parts do not wait."""
-    monkeypatch.setattr(holding, "IDLE_SECONDS", 4.0)
+    monkeypatch.setattr(holding, "IDLE_SECONDS", 15.0)
     engine = Engine(loaded, 8, limits=Limits(chunk_tokens=4))
     driver = Driver(engine)
     driver.add(1, prompt(slow(), 1), SHORT)
@@ -260,7 +260,7 @@ def test_a_prompt_is_not_held_up_by_a_held_row(loaded, gate, monkeypatch):
         driver.step()
         steps += 1
     assert steps >= 5
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 45
     gate.opened.set()
     driver.drain()
 

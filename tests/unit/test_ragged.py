@@ -8,6 +8,7 @@ from worker.engine import ragged
 
 # FlexAttention runs as it is here, not compiled; and its import meets torch's own old habits.
 pytestmark = [
+    pytest.mark.timeout(120),  # it computes for seconds, on machines that may be busy
     pytest.mark.filterwarnings("ignore:flex_attention called without"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
 ]
