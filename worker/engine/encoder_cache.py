@@ -57,24 +57,50 @@ class EncoderCache:
             media: identifies the content of all pixels in `tensors`; empty: not known.
             tensors: arguments of `forward`, which are left as they are.
         """
-        pixels = {kind: name for kind, name in PIXELS.items() if name in tensors}
-        functions = {kind: getattr(self._base, f"get_{kind}_features", None) for kind in pixels}
-        if not (media and self.max_bytes and self._takes and pixels and all(functions.values())):
+        pixels = self._pixels(tensors)
+        if not (media and self.max_bytes and self._takes and pixels):
             return tensors
-        found = self._kept.get(media)
-        if found is not None:
-            self._kept.move_to_end(media)
-            outputs = found[0]
-        else:
-            outputs = {kind: _run(function, tensors) for kind, function in functions.items()}
-            self._keep(media, outputs)
+        outputs = self.find(media)
+        if outputs is None:
+            outputs = self.run(tensors)
+            self.keep(media, outputs)
         rest = {name: value for name, value in tensors.items() if name not in pixels.values()}
         return {**rest, ARGUMENT: dict(outputs)}
 
-    def _keep(self, media: str, outputs: dict[str, ModelOutput]) -> None:
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether the model takes what its encoders have made already."""
+        return self._takes
+
+    def find(self, media: str) -> dict[str, ModelOutput] | None:
+        """Return what the encoders made of media, by kind, if it is kept."""
+        found = self._kept.get(media)
+        if found is None:
+            return None
+        self._kept.move_to_end(media)
+        return found[0]
+
+    @torch.inference_mode()
+    def run(self, tensors: dict[str, Any]) -> dict[str, ModelOutput]:
+        """Return what the encoders make of the pixels among a forward's arguments, by kind."""
+        return {
+            kind: _run(getattr(self._base, f"get_{kind}_features"), tensors)
+            for kind in self._pixels(tensors)
+        }
+
+    def _pixels(self, tensors: dict[str, Any]) -> dict[str, str]:
+        """Return the names of the pixels, by kind; none where one kind has no encoder."""
+        pixels = {kind: name for kind, name in PIXELS.items() if name in tensors}
+        known = all(hasattr(self._base, f"get_{kind}_features") for kind in pixels)
+        return pixels if known else {}
+
+    def keep(self, media: str, outputs: dict[str, ModelOutput]) -> None:
+        """Keep what the encoders made of media, as far as there is room, and it is sound."""
         tensors = [t for output in outputs.values() for t in _tensors(output.values())]
         size = sum(tensor.nbytes for tensor in tensors)
-        if size > self.max_bytes or not all(bool(t.isfinite().all()) for t in tensors):
+        if media in self._kept or size > self.max_bytes:
+            return
+        if not all(bool(t.isfinite().all()) for t in tensors):
             return
         while self._bytes + size > self.max_bytes:
             self._bytes -= self._kept.popitem(last=False)[1][1]

@@ -7,6 +7,7 @@ that there is no memory for waits, or leaves.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -101,10 +102,8 @@ class Engine:
             self._add(command)
         elif isinstance(command, Cancel):
             self._cancel(command)
-        elif isinstance(command, Abort):
-            sequence = self.scheduler.find(command.handle)
-            if sequence is not None:
-                self._remove(sequence)
+        elif isinstance(command, Abort) and (found := self.scheduler.find(command.handle)):
+            self._remove(found)
 
     def step(self, *, decode: bool = True) -> tuple[Output, ...]:
         """Prefill a chunk of the new prompts and decode the others; return what there is to say.
@@ -119,7 +118,8 @@ class Engine:
         running = [s for s in self.scheduler.running if not self.holding.has(s)]
         trial = next((s for s in running if s.trial), None)
         self.drawer.masks.begin(self.scheduler.live)
-        fresh = [] if trial else self._prefill()
+        fresh = [] if trial else self._prefill(decoding=decode and bool(running))
+        began = time.perf_counter()
         rows = self._rows(trial, fresh) if decode else []
         rows, flying = self._fly(rows) if decode else (rows, 0)
         count = flying + len(rows) + len(fresh)
@@ -138,6 +138,8 @@ class Engine:
         self._remove_all(ended)
         if decode and not (worked or rows or ended or self._outputs):
             self.holding.idle()
+        if count > flying + len(fresh):
+            self.prefill.pace.decoded(time.perf_counter() - began)
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 
@@ -186,9 +188,9 @@ class Engine:
             self._finish(sequence, ())
             self._remove(sequence)
 
-    def _prefill(self) -> list[Fresh]:
+    def _prefill(self, *, decoding: bool) -> list[Fresh]:
         """Compute this step's share of the new prompts; return the sequences that can run now."""
-        fresh, failure = self.prefill.step(self._on_busy)
+        fresh, failure = self.prefill.step(self._on_busy, decoding=decoding)
         if failure and lacks_memory(failure.error):
             self._leave(self.shortage.make_room(failure.sequence))
         elif failure:
@@ -204,9 +206,8 @@ class Engine:
             return [trial]
         if any(one.sequence.trial for one in fresh):
             return []
-        running = self.scheduler.running
-        going = running[: len(running) - len(fresh)]
-        return [sequence for sequence in going if not self.holding.has(sequence)]
+        going = self.scheduler.running[: len(self.scheduler.running) - len(fresh)]
+        return [s for s in going if not self.holding.has(s)]
 
     def _fly(self, rows: list[Sequence]) -> tuple[list[Sequence], int]:
         """Begin the rows' next step, where it can run ahead, and take the last one's tokens in.
@@ -341,6 +342,7 @@ class Engine:
         if sequence in self.scheduler.prefilling:
             self.runner.scrub(sequence.slot)  # nobody has looked at its numbers yet
         self.holding.forget(sequence)
+        self.prefill.forget(sequence)
         self.ahead.forget(sequence)
         self.cancelled.pop(sequence.handle, None)
         for source, moved in self.scheduler.remove(sequence):

@@ -10,7 +10,6 @@ from collections.abc import Sequence as Rows
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -22,7 +21,8 @@ from worker.engine.decode_step import DecodeStep
 from worker.engine.encoder_cache import EncoderCache
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
-from worker.engine.sequence import TOKEN_KINDS, Chunk, Sequence
+from worker.engine.prefill_step import PrefillStep
+from worker.engine.sequence import Chunk, Sequence
 from worker.engine.token_pool import PooledCache
 from worker.engine.transfer import Pending
 
@@ -51,6 +51,7 @@ class ModelRunner:
 
     Attributes:
         bucketed: those steps; None: there are none.
+        on_time: whether a step's seconds are the model's, so that prompts may be cut by them.
 
     Raises:
         UnsupportedModelError: the model has layers other than plain full attention.
@@ -80,6 +81,10 @@ class ModelRunner:
         parameters = inspect.signature(model.forward).parameters
         self._last_logit = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.step = DecodeStep(self._forward, self.cache, self.dtype)
+        self.on_time = bucketed is None and self.device.type == "cpu" and not replay
+        self.pieces = PrefillStep(
+            model, self._forward, self.cache, self.encoded, aside=self.on_time
+        )
 
     @property
     def apart(self) -> bool:
@@ -92,85 +97,32 @@ class ModelRunner:
 
         Each chunk goes on at its sequence's `length`, which grows by the chunk's size. Several
         chunks lie one behind the other in one row of input, each attending to its own sequence
-        alone; one with media comes alone, and sets `rope_delta`. `reserve` has been called.
+        alone; one with media comes alone, whole unless it `takes_pieces`, and sets `rope_delta`.
+        `reserve` has been called.
         Whatever the model raises for bad tensors passes through; other rows are untouched then.
         """
-        segments = [(c.sequence.slot, c.sequence.length, c.count) for c in chunks]
-        self.cache.plan.begin_prefill(segments)
-        first = chunks[0].sequence
-        if first.length < first.head:
-            logits = self._media(first, chunks[0].count)
-        else:
-            logits = self._text(chunks)
+        logits = self.pieces(chunks, self._several)
         for chunk in chunks:
             chunk.sequence.length += chunk.count
+            if chunk.sequence.length >= chunk.sequence.head:
+                chunk.sequence.visuals = None
         return logits
 
-    def _media(self, sequence: Sequence, count: int) -> Tensor:
-        """Run a prompt's beginning as the model's authors do; read what it adds to positions.
+    def encode(self, sequence: Sequence) -> None:
+        """Begin to encode a prompt's media beside the steps, where that can be."""
+        self.pieces.encode(sequence)
 
-        Never with generated tokens: a generated placeholder id is no picture.
-        """
-        base = self.model.base_model
-        # Qwen-VL models keep the last prompt's offset on the module: one must not leak to the next.
-        if hasattr(base, "rope_deltas"):
-            base.rope_deltas = None
-        ids = torch.tensor([sequence.prompt_ids[:count]], device=self.device)
-        tensors = {name: self._tensor(array) for name, array in sequence.prompt.tensors.items()}
-        for name in TOKEN_KINDS & tensors.keys():
-            tensors[name] = tensors[name][:, :count]
-        tensors["attention_mask"] = torch.ones_like(ids)
-        tensors = self.encoded.encode(sequence.prompt.media, tensors)
-        logits = self._forward(input_ids=ids, past_key_values=self.cache, **tensors)
-        delta = getattr(base, "rope_deltas", None)
-        sequence.rope_delta = 0 if delta is None else int(delta.reshape(-1)[0])
-        return logits
+    def takes_pieces(self, sequence: Sequence) -> bool:
+        """Whether the prefill of a sequence, with media, may end at any token."""
+        return self.pieces.visuals.suits(sequence)
 
-    def _text(self, chunks: Rows[Chunk]) -> Tensor:
-        """Run pieces of text whose places are known, each behind what its row holds already."""
-        ids, positions, last = list[int](), list[int](), list[int]()
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.length
-            ids += sequence.tokens(start, start + chunk.count)
-            at = start + sequence.rope_delta
-            positions += range(at, at + chunk.count)
-            last.append(len(ids) - 1)
+    def _several(self, last: list[int], **inputs: Any) -> Tensor:
+        """Run pieces that lie one behind the other; return the logits at these places."""
         kept = (
             {"logits_to_keep": torch.tensor(last, device=self.device)} if self._last_logit else {}
         )
-        logits: Tensor = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            attention_mask=self._block_mask(),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **kept,
-        ).logits[0]
+        logits: Tensor = self.model(**inputs, use_cache=True, return_dict=True, **kept).logits[0]
         return _widened(logits if kept else logits[last])
-
-    def _block_mask(self) -> Tensor:
-        """Mask for a prefill: a token attends to its own row up to itself.
-
-        Additive, `[1, 1, tokens, window]`; for the beginning of one row the plain `[1, tokens]` of
-        ones, which costs less.
-        """
-        (_, first, size), *others = self.cache.plan.segments
-        if not first and not others:
-            return torch.ones(1, size, dtype=torch.int64, device=self.device)
-        blocks = []
-        for _, start, count in self.cache.plan.segments:
-            block = torch.full((count, start + count), float("-inf"), dtype=self.dtype)
-            blocks.append(block.triu_(start + 1))
-        if len(blocks) == 1:
-            return blocks[0][None, None].to(self.device)
-        rows = sum(block.shape[0] for block in blocks)
-        mask = torch.full((rows, self.cache.plan.window), float("-inf"), dtype=self.dtype)
-        row, column = 0, 0
-        for block in blocks:
-            mask[row : row + block.shape[0], column : column + block.shape[1]] = block
-            row, column = row + block.shape[0], column + block.shape[1]
-        return mask[None, None].to(self.device)
 
     @torch.inference_mode()
     def decode(self, sequences: Rows[Sequence]) -> Tensor:
@@ -235,10 +187,6 @@ class ModelRunner:
         ).logits[:, -1]
         return _widened(logits)
 
-    def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
-        tensor = torch.from_numpy(np.require(array, requirements=("C", "A", "W"))).to(self.device)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
     @property
     def attention(self) -> str:
         """How decode steps attend."""
@@ -265,6 +213,8 @@ class ModelRunner:
         """
         with self.bucketed.plain() if self.bucketed else nullcontext():
             self._check()
+            if not self.replay:  # where rounding must not depend on how a prompt is cut
+                self.pieces.verify(TOLERANCE.get(self.dtype, HALF_TOLERANCE))
         if self.bucketed is None and self.device.type == "cpu":
             self._record()
 
@@ -281,6 +231,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _record(self) -> None:
         self.step.record(self.vocab_size)
+        if not self.replay:
+            self.pieces.record(self.vocab_size)
 
     @torch.inference_mode()
     def _probe_error(self) -> float:

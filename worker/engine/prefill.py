@@ -1,11 +1,12 @@
 """Which part of which prompts a step computes, and what it need not compute at all.
 
-A step has a budget of tokens, so that running streams wait no longer than one chunk takes. Only a
-prompt's media, which a model takes in one piece, may be more.
+A step has a budget of tokens, and while others decode also one of time, so that running streams
+wait no longer than one chunk takes. Only media of a model that takes them in one piece may be more.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from worker.engine.memory import lacks_memory
 from worker.engine.model_runner import ModelRunner
+from worker.engine.pace import Pace
+from worker.engine.prefill_step import PACKED_TOKENS
 from worker.engine.prefix_cache import PrefixCache
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Chunk, Sequence
+
+REST = 1.25
+"""A piece may be so many times as long as there is time for, if it is the last one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Prefill:
         prefixes: fills the beginning of a new sequence's row, where it can.
         chunk_tokens: most tokens of a step.
         spare: gives memory back that is not needed; tells whether there was some.
+
+    Attributes:
+        pace: what steps cost, where that bounds them.
     """
 
     def __init__(
@@ -59,9 +68,10 @@ class Prefill:
         self._scheduler, self._prefixes = scheduler, prefixes
         self._chunk_tokens = chunk_tokens
         self._alone = runner.replay  # rounding must not depend on who else is there
+        self.pace = Pace(chunk_tokens)
 
     def step(
-        self, on_busy: Callable[[tuple[int, ...]], None]
+        self, on_busy: Callable[[tuple[int, ...]], None], *, decoding: bool = False
     ) -> tuple[list[Fresh], Failure | None]:
         """Compute a step's chunks; return the sequences that run now, and the one that failed.
 
@@ -69,13 +79,14 @@ class Prefill:
 
         Args:
             on_busy: is told whose the forward under way is, and then nobody.
+            decoding: whether others wait for a token meanwhile.
 
         Raises:
             torch.AcceleratorError: the device is lost.
         """
         fresh: list[Fresh] = []
         try:
-            planned = self.plan()
+            planned = self.plan(decoding=decoding)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - the engine judges it
@@ -101,26 +112,36 @@ class Prefill:
 
     def _compute(self, chunks: list[Chunk]) -> list[Fresh]:
         completing = [i for i, chunk in enumerate(chunks) if chunk.completes]
+        began, tokens = time.perf_counter(), sum(chunk.count for chunk in chunks)
         logits = self._runner.prefill(chunks)
+        self.pace.prefilled(tokens, time.perf_counter() - began)
         return [Fresh(self._scheduler.join(), logits[i : i + 1]) for i in completing]
 
-    def plan(self) -> list[Chunk]:
+    def plan(self, *, decoding: bool = False) -> list[Chunk]:
         """Return the chunks that this step computes in one forward, in order of arrival.
 
         All but the last complete their sequences. One with media is alone, and so is
-        one on trial; where rounding matters, all are.
+        one on trial; where rounding matters, all are. There are none while others decode
+        and the next tokens are those of media that are still being encoded.
         """
         chunks: list[Chunk] = []
-        left = self._chunk_tokens
+        left, overhead = self._chunk_tokens, 0
+        if decoding and self._runner.on_time:
+            left, overhead = self.pace.tokens, self.pace.overhead
         for sequence in self._candidates(chunks):  # which sees each chunk before the next
             alone = self._alone or sequence.trial or sequence.length < sequence.head
             if chunks and alone:
                 break
-            chunk = Chunk(sequence, self._size(sequence, left))
+            count = self._size(sequence, left, decoding=decoding)
+            if not count:
+                break
+            chunk = Chunk(sequence, count)
             chunks.append(chunk)
-            left -= chunk.count
+            left -= chunk.count + (0 if chunk.count < PACKED_TOKENS else overhead)
             if left <= 0 or alone or not chunk.completes:
                 break
+        if (upcoming := self._scheduler.next) is not None:
+            self._runner.encode(upcoming)  # meanwhile
         return chunks
 
     def _candidates(self, chunks: list[Chunk]) -> Iterator[Sequence]:
@@ -146,8 +167,28 @@ class Prefill:
         if not self._runner.replay:
             self._prefixes.fill(sequence, self._scheduler.live)
 
-    def _size(self, sequence: Sequence, left: int) -> int:
+    def _size(self, sequence: Sequence, left: int, *, decoding: bool) -> int:
         if sequence.length >= sequence.head:
-            return min(left, sequence.target - sequence.length)
+            return self._some(sequence.target - sequence.length, left)
+        self._runner.encode(sequence)
         whole = len(sequence.prompt_ids)
-        return whole if whole <= self._chunk_tokens else sequence.head
+        if not self._runner.takes_pieces(sequence):
+            return whole if whole <= self._chunk_tokens else sequence.head
+        visuals = sequence.visuals
+        if decoding and visuals is not None and not visuals.ready:
+            whole = visuals.first
+        return self._some(whole - sequence.length, left)
+
+    def _some(self, wanted: int, left: int) -> int:
+        """Return how many of the wanted tokens to take; a small rest is no forward of its own."""
+        most = min(int(left * REST), self._chunk_tokens)
+        return wanted if wanted <= most else min(left, self._chunk_tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Do not encode the media of a sequence that leaves, if that has not begun."""
+        if sequence.visuals is None:
+            return
+        encoded, sequence.visuals = sequence.visuals.encoded, None
+        others = [s.visuals for s in (*self._scheduler.live, *self._scheduler.waiting)]
+        if not any(visuals and visuals.encoded is encoded for visuals in others):
+            encoded.cancel()

@@ -38,6 +38,11 @@ class Scheduler:
         return [*self.running, *self.prefilling]
 
     @property
+    def waiting(self) -> list[Sequence]:
+        """The sequences that have no row yet, in order of arrival."""
+        return list(self._waiting.values())
+
+    @property
     def next(self) -> Sequence | None:
         """The oldest waiting sequence, if there is room for it.
 
@@ -99,6 +104,7 @@ class Scheduler:
         """
         moves = self._take_out(sequence)
         sequence.length = sequence.cached = 0
+        sequence.visuals = None
         self._waiting = {sequence.handle: sequence, **self._waiting}
         self._room = max(1, len(self.running) + len(self.prefilling))
         return moves
@@ -112,6 +118,7 @@ class Scheduler:
         self.running, self.prefilling = [], []
         for sequence in live:
             sequence.slot, sequence.length, sequence.cached = -1, 0, 0
+            sequence.visuals = None
         self._waiting = {s.handle: s for s in live} | self._waiting
         self._room = max(1, len(live) - 1)
 

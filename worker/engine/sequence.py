@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from worker.engine.constraint import Constraint
     from worker.engine.detokenizer import Detokenizer
+    from worker.engine.visuals import Visuals
 
 
 class Sequence:
@@ -52,6 +53,7 @@ class Sequence:
         stopping: its own stopping criteria; set by the engine before it is scheduled.
         detokenizer: turns its tokens to text; set by the engine before it is scheduled.
         constraint: which tokens it may have; None: any.
+        visuals: its media, where its prompt is computed in pieces; None: not begun, or not so.
     """
 
     __slots__ = (
@@ -74,6 +76,7 @@ class Sequence:
         "stopping",
         "target",
         "trial",
+        "visuals",
     )
 
     stopping: StoppingCriteriaList
@@ -107,6 +110,7 @@ class Sequence:
         self.cached = 0
         self.trial = trial
         self.constraint: Constraint | None = None
+        self.visuals: Visuals | None = None
 
     @property
     def total(self) -> int:

@@ -1,0 +1,271 @@
+"""A piece of one sequence's prefill, recorded as the decode step is: no Python runs within it.
+
+A forward of few tokens costs about as much Python as one of a hundred, so that short pieces between
+two decode steps are affordable only without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from worker.engine.kv_cache import Segment, SlotCache
+from worker.engine.memory import lacks_memory
+from worker.engine.visuals import Features
+
+log = logging.getLogger("unbroken.engine")
+
+PROBED = ((5, 0), (17, 9), (3, 21), (2, 2))
+"""Pieces that a record has to give the forward's bits for: tokens, and how many lie before them."""
+LEAST = (
+    2  # tokens: one alone is rounded otherwise, as kernels for vectors are not those for matrices
+)
+SLOW_SECONDS = 0.1
+"""Where a forward of a few tokens takes longer, Python's part in it is not worth a record."""
+
+
+class ChunkStep:
+    """One forward over some tokens of one row.
+
+    Args:
+        forward: the model's, from `input_ids`, `position_ids`, `attention_mask`, `past_key_values`
+            and features of media to the last logits `[1, V]`.
+        cache: where the row's keys and values are, and the new ones go.
+        dtype: of the mask.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Tensor], cache: SlotCache, dtype: torch.dtype
+    ) -> None:
+        self._forward, self._cache, self._dtype = forward, cache, dtype
+        self._records: dict[str, Callable[..., Tensor]] = {}
+
+    def has(self, kind: str = "") -> bool:
+        """Whether pieces with features of this kind, or with none, are recorded."""
+        return kind in self._records
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, segment: Segment, features: dict[str, Features]
+    ) -> Tensor:
+        """Compute what follows the last of some tokens.
+
+        Args:
+            ids: `[1, T]`.
+            positions: for the model, `[1, T]`, or `[3, 1, T]` where features are.
+            segment: the row, the place of the first token there, and T.
+            features: what the encoder made of the placeholders among them, by kind.
+
+        Returns:
+            Logits `[1, V]`.
+        """
+        kind = ",".join(features)
+        record = self._records.get(kind)
+        if record is not None and segment[2] >= LEAST:
+            inputs = self._inputs(ids, positions, segment, features)
+            try:
+                # Without torch's own rewriting of the graph, which would begin anew for each shape.
+                with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                    return record(*inputs)
+            except RuntimeError as error:
+                if lacks_memory(error):
+                    raise
+                log.exception("the record of a prefill failed, and is dropped")
+                self.forget()
+        return self._plain(ids, positions, segment, features, short=True)
+
+    def _plain(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        segment: Segment,
+        features: dict[str, Features],
+        *,
+        short: bool = False,
+    ) -> Tensor:
+        """Run the forward; if short, with a mask that costs less, and may round otherwise."""
+        mask = torch.ones_like(ids) if short and not segment[1] else self._mask(segment)
+        self._cache.plan.begin_prefill([segment])
+        media = {kind: part.output() for kind, part in features.items()}
+        return self._forward(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask.to(ids.device),
+            past_key_values=self._cache,
+            **({"mm_encoder_outputs": media} if media else {}),
+        )
+
+    def _mask(self, segment: Segment) -> Tensor:
+        """Additive mask `[1, 1, T, window]`: a token attends to its row up to itself."""
+        _, start, count = segment
+        mask = torch.full((count, start + count), float("-inf"), dtype=self._dtype)
+        return mask.triu_(start + 1)[None, None]
+
+    def _inputs(
+        self, ids: Tensor, positions: Tensor, segment: Segment, features: dict[str, Features]
+    ) -> tuple[Tensor, ...]:
+        """Return what a record takes: ids, positions, mask, each layer's row, the features."""
+        row, start, count = segment
+        stored = [
+            states[row : row + 1, :, : start + count]
+            for layer in self._cache.layers
+            for states in (layer.keys, layer.values)
+        ]
+        parts = [tensor for part in features.values() for tensor in part.tensors]
+        return ids, positions, self._mask(segment), *stored, *parts
+
+    def forget(self) -> None:
+        """Run the forward itself from now on."""
+        self._records = {}
+
+    def record(self, vocab_size: int, picture: Picture | None = None) -> None:
+        """Record pieces of text, and of a picture, where they give what the forward does.
+
+        The cache has been used, and no sequence runs: it is empty afterwards.
+
+        Args:
+            vocab_size: of drawn tokens.
+            picture: makes drawn pieces with features, in place of text alone.
+        """
+        kind = picture.kind if picture else ""
+        try:
+            probes = list(self._probes(vocab_size, picture))
+            if min(map(self._seconds, probes)) < SLOW_SECONDS:
+                self._records[kind] = self._traced(*probes[0])
+                if not all(self._agrees(*probe) for probe in probes):
+                    self._records.pop(kind, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the forward itself runs
+            log.info("a prefill cannot be recorded", extra={"why": type(error).__name__})
+            self._records.pop(kind, None)
+        self._cache.release()
+
+    def _seconds(self, probe: tuple[Any, ...]) -> float:
+        began = time.perf_counter()
+        self._plain(*probe)
+        return time.perf_counter() - began
+
+    def _agrees(self, *probe: Any) -> bool:
+        """Whether a record gives the forward's logits, and leaves the same in the cache."""
+        logits = self(*probe)
+        states = self._inputs(*probe)[3:]
+        left = [state.clone() for state in states]
+        same = torch.equal(logits, self._plain(*probe))
+        return same and all(map(torch.equal, left, states))
+
+    def _probes(self, vocab_size: int, picture: Picture | None) -> Iterator[tuple[Any, ...]]:
+        draw, plan = torch.Generator().manual_seed(0), self._cache.plan
+        most = max(count + start for count, start in PROBED)
+        self._cache.reserve(min(2, plan.max_rows), min(most, plan.max_capacity))
+        for count, start in PROBED:
+            if count + start > plan.max_capacity:
+                continue
+            ids = torch.randint(vocab_size, (1, count), generator=draw)
+            segment = (min(1, plan.max_rows - 1), start, count)
+            places = torch.arange(start, start + count)[None]
+            if picture is None:
+                yield ids, places, segment, {}
+            else:
+                ids, features = picture.draw(ids, draw)
+                yield ids, places.expand(3, 1, -1).contiguous(), segment, features
+
+    def _traced(
+        self, ids: Tensor, positions: Tensor, segment: Segment, features: dict[str, Features]
+    ) -> Callable[..., Tensor]:
+        count = 2 * len(self._cache.layers)
+
+        def step(ids: Tensor, positions: Tensor, mask: Tensor, *rest: Tensor) -> Tensor:
+            stored, parts = rest[:count], list(rest[count:])
+            media = {}
+            for kind, part in features.items():
+                taken = [parts.pop(0) for _ in part.tensors]
+                media[kind] = part.like(taken).output()
+            return self._forward(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=Cache(
+                    layers=[_LentRow(*pair) for pair in zip(stored[::2], stored[1::2], strict=True)]
+                ),
+                **({"mm_encoder_outputs": media} if media else {}),
+            )
+
+        inputs = self._inputs(ids, positions, segment, features)
+        with warnings.catch_warnings():  # of what it freezes: that is compared
+            warnings.simplefilter("ignore")
+            record: Callable[..., Tensor] = torch.jit.trace(step, inputs, check_trace=False)
+        return record
+
+
+class Picture:
+    """Draws pieces of a prompt with placeholders, for comparisons.
+
+    Args:
+        kind: of the media.
+        token: the placeholder's id.
+        like: features of some picture, for their shapes.
+    """
+
+    def __init__(self, kind: str, token: int, like: Features) -> None:
+        self.kind, self._token, self._like = kind, token, like
+
+    def draw(self, ids: Tensor, draw: torch.Generator) -> tuple[Tensor, dict[str, Features]]:
+        """Return these ids with placeholders in every second place, and features for them."""
+        ids = ids.clone()
+        ids[ids == self._token] = 0
+        ids[0, ::2] = self._token
+        count = len(ids[0, ::2])
+        drawn = [
+            torch.randn(count, part.shape[1], generator=draw, dtype=torch.float32).to(part.dtype)
+            for part in self._like.tensors
+        ]
+        return ids, {self.kind: self._like.like(drawn)}
+
+
+class _LentRow(CacheLayerMixin):
+    """A layer of one row, given to the record at each step with room for the new tokens at its end.
+
+    Args:
+        keys: `[1, kv heads, window, head dim]`.
+        values: likewise.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the memory is there."""
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ARG002  # the interface's
+        **kwargs: Any,  # noqa: ARG002  # the interface's
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens to the row's end; return all that they may attend to."""
+        start = self.keys.shape[2] - key_states.shape[2]
+        self.keys[:, :, start:] = key_states
+        self.values[:, :, start:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens of the row, the new ones among them: nothing depends on it."""
+        return self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """Length and offset of the keys a mask covers."""
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        """Most tokens of the row in this step."""
+        return self.keys.shape[2]
