@@ -90,7 +90,7 @@ class EngineProcess:
         if code is None or code >= 0:
             return f"The engine process ended {where} (exit code {code})."
         name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if phase == "loading" and name == "SIGKILL" else ""
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""  # or somebody's kill
         return f"The engine process was killed {where} ({name}{hint})."
 
     def _shut(self) -> None:

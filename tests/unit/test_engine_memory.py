@@ -18,15 +18,16 @@ from worker.engine.messages import OUT_OF_MEMORY, Add, EngineConfig, Limits, Out
 from worker.engine_client import EngineClient
 
 # An engine is a process of its own that imports torch: seconds on a busy machine.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
-pytest.importorskip("resource")
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit on this system"),
+]
 
 TOKENS = 40
 GROWN, LONG = 360, 190
 """A prompt, and an answer in whose last part it needs another piece of the cache: prompts that come
 beside running ones take some steps, and all have begun by then."""
-
-FREE = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,14 @@ def data_bytes(pid: int) -> int:
 def squeeze(client, spare: int) -> None:
     """Let the engine's process have no more than so many bytes beside what it has."""
     soft = data_bytes(client.pid) + spare
-    resource.prlimit(client.pid, resource.RLIMIT_DATA, (soft, resource.RLIM_INFINITY))
+    _, hard = resource.prlimit(client.pid, resource.RLIMIT_DATA)
+    resource.prlimit(client.pid, resource.RLIMIT_DATA, (soft, hard))
 
 
 def ease(client) -> None:
-    resource.prlimit(client.pid, resource.RLIMIT_DATA, FREE)
+    """Let it have what it may have at most."""
+    _, hard = resource.prlimit(client.pid, resource.RLIMIT_DATA)
+    resource.prlimit(client.pid, resource.RLIMIT_DATA, (hard, hard))
 
 
 async def finished(run: Run) -> Run:
