@@ -11,7 +11,7 @@ from worker.engine.engine import Engine
 from worker.engine.holding import Holding
 from worker.engine.logprobs import Scorer
 from worker.engine.memory import lacks_memory
-from worker.engine.messages import OUT_OF_MEMORY, Limits
+from worker.engine.messages import OUT_OF_MEMORY, Cancel, Limits
 from worker.engine.penalties import _Table
 from worker.engine.sampler import Sampler
 
@@ -135,6 +135,61 @@ def test_copies_of_what_ended_make_room_before_anybody_waits(loaded, undisturbed
     assert [s.handle for s in driver.engine.scheduler.live] == [1, 2, 3]
     driver.drain()
     assert [driver.ids(n) for n in (1, 2, 3)] == [undisturbed.ids(n) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("owner", ["forward", "draw"])
+def test_one_that_is_put_back_hears_of_its_cancel(loaded, monkeypatch, owner):
+    """It does not wait for room only to end then."""
+    driver = Driver(Engine(loaded, 8))
+    for handle in (1, 2):
+        driver.add(handle, text_prompt(20 + handle), SCORED)
+    driver.step()
+    driver.step()
+    if owner == "forward":
+        failing(monkeypatch, driver.engine.runner, "decode", at=1)
+    else:
+        failing(monkeypatch, Holding, "sift", at=1)
+    driver.engine.handle(Cancel(2, "requested"))
+    driver.step()
+    assert driver.last(2).cancelled == "requested"
+    assert driver.engine.scheduler.find(2) is None
+    assert driver.engine.cancelled == {}
+    driver.drain()
+    assert driver.last(1).finish == "length"
+
+
+def test_who_leaves_alone_leaves_all_rooms_to_others(loaded, monkeypatch):
+    """Once nobody is there, nobody has to wait for another to leave."""
+    driver = Driver(Engine(loaded, 8))
+    driver.add(1, text_prompt(20))
+    driver.step()
+    failing(monkeypatch, Holding, "sift", at=1)
+    driver.step()
+    assert driver.last(1).error[0] == OUT_OF_MEMORY
+    for handle in (2, 3):
+        driver.add(handle, text_prompt(20 + handle))
+    driver.step()
+    driver.step()
+    assert len(driver.engine.scheduler.live) == 2
+
+
+def test_numbers_of_a_prompt_that_is_put_back_reach_nobody(loaded, monkeypatch):
+    """What a part of it has left in its row is wiped: nobody had looked at it."""
+    driver = Driver(Engine(loaded, 8, limits=Limits(chunk_tokens=8)))
+    driver.add(1, text_prompt(100), msgspec.structs.replace(GREEDY, max_tokens=4))
+    driver.drain()
+    driver.add(2, text_prompt(40))
+    driver.add(3, text_prompt(41))
+    while not any(s.handle == 3 and s.length >= 24 for s in driver.engine.scheduler.prefilling):
+        driver.step()
+    cache = driver.engine.runner.cache
+    with torch.inference_mode():
+        for layer in cache.layers:
+            layer.row(1, 24)[1].fill_(torch.nan)  # as a broken prompt does
+    failing(monkeypatch, driver.engine.runner, "prefill", at=1)
+    driver.step()
+    assert [s.handle for s in driver.engine.scheduler.live] == [2]
+    assert all(bool(layer.row(1, 24)[1].isfinite().all()) for layer in cache.layers)
 
 
 def test_room_that_was_not_there_is_reserved_again(loaded, monkeypatch):

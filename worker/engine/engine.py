@@ -130,8 +130,9 @@ class Engine:
         if decode:
             self._batch = count
         worked = count or self.scheduler.prefilling
-        # No token comes soon with which those would end that were cancelled before they were held.
-        ended = [s for s in self.holding.parked if s.handle in self.cancelled]
+        # No token comes soon that ends those that were cancelled before they were held or put back.
+        without = (*self.holding.parked, *self.scheduler.waiting) if self.cancelled else ()
+        ended = [s for s in without if s.handle in self.cancelled]
         for sequence in ended:
             self._finish(sequence, ())
         ended += self._take_in(rows, tokens) if rows else []

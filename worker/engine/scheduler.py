@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from worker.engine.sequence import Sequence
 
@@ -81,6 +81,11 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
+    @property
+    def waiting(self) -> Iterable[Sequence]:
+        """The sequences without a row, the next one first."""
+        return self._waiting.values()
+
     def find(self, handle: int) -> Sequence | None:
         """Return a sequence, waiting or with a row, by its handle."""
         waiting = self._waiting.get(handle)
@@ -91,11 +96,13 @@ class Scheduler:
 
         They have their new `slot` already, and stand with their old row, in the order to move in.
         """
-        if sequence.slot < 0:
-            self._waiting.pop(sequence.handle, None)
-            return []
-        self._room = self.max_batch_size
-        return self._take_out(sequence)
+        if sequence.slot >= 0:
+            self._room = self.max_batch_size
+            return self._take_out(sequence)
+        self._waiting.pop(sequence.handle, None)
+        if not self.live:  # nobody is there who could leave later
+            self._room = self.max_batch_size
+        return []
 
     def put_back(self, sequence: Sequence) -> list[tuple[int, Sequence]]:
         """Take a sequence out for want of memory; it is the next to be admitted.

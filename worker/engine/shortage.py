@@ -55,6 +55,7 @@ class Shortage:
             else:
                 log.warning("memory is short: a sequence waits", extra={"running": live})
                 self._ahead.forget(newest)
+                self._runner.scrub(newest.slot)  # nobody has looked at its numbers yet
                 for source, sequence in self._scheduler.put_back(newest):
                     self._runner.move(source, sequence)
         torch.cuda.empty_cache()  # without CUDA it does nothing
@@ -73,8 +74,11 @@ class Shortage:
         self._holding.unpark()
         self._scheduler.put_all_back()
         spared = self.spare()
-        if self._runner.bucketed is None:  # else it stays where it is
+        if self._runner.bucketed is None:
             self._runner.cache.release()
+        else:  # which stays where it is
+            for row in range(len(live)):
+                self._runner.scrub(row)
         return live[0] if len(live) == 1 and not spared else None
 
     def spare(self) -> bool:
