@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from worker.engine.sequence import Sequence
 
@@ -39,7 +39,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """The sequences that have no row yet, in order of arrival."""
+        """The sequences that have no row yet, the next one first."""
         return list(self._waiting.values())
 
     @property
@@ -80,11 +80,6 @@ class Scheduler:
         sequence = self.prefilling.pop(0)
         self.running.append(sequence)
         return sequence
-
-    @property
-    def waiting(self) -> Iterable[Sequence]:
-        """The sequences without a row, the next one first."""
-        return self._waiting.values()
 
     def find(self, handle: int) -> Sequence | None:
         """Return a sequence, waiting or with a row, by its handle."""
