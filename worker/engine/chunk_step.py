@@ -24,9 +24,8 @@ log = logging.getLogger("unbroken.engine")
 
 PROBED = ((5, 0), (17, 9), (3, 21), (2, 2))
 """Pieces that a record has to give the forward's bits for: tokens, and how many lie before them."""
-LEAST = (
-    2  # tokens: one alone is rounded otherwise, as kernels for vectors are not those for matrices
-)
+LEAST = 2
+"""Tokens of a record: one alone is rounded otherwise, by kernels for vectors."""
 SLOW_SECONDS = 0.1
 """Where a forward of a few tokens takes longer, Python's part in it is not worth a record."""
 
@@ -90,21 +89,23 @@ class ChunkStep:
         short: bool = False,
     ) -> Tensor:
         """Run the forward; if short, with a mask that costs less, and may round otherwise."""
-        mask = torch.ones_like(ids) if short and not segment[1] else self._mask(segment)
+        begins = short and not segment[1]
+        mask = torch.ones_like(ids) if begins else self._mask(segment, ids.device)
         self._cache.plan.begin_prefill([segment])
         media = {kind: part.output() for kind, part in features.items()}
         return self._forward(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=mask.to(ids.device),
+            attention_mask=mask,
             past_key_values=self._cache,
             **({"mm_encoder_outputs": media} if media else {}),
         )
 
-    def _mask(self, segment: Segment) -> Tensor:
+    def _mask(self, segment: Segment, device: torch.device) -> Tensor:
         """Additive mask `[1, 1, T, window]`: a token attends to its row up to itself."""
         _, start, count = segment
-        mask = torch.full((count, start + count), float("-inf"), dtype=self._dtype)
+        shape = count, start + count
+        mask = torch.full(shape, float("-inf"), dtype=self._dtype, device=device)
         return mask.triu_(start + 1)[None, None]
 
     def _inputs(
@@ -118,7 +119,7 @@ class ChunkStep:
             for states in (layer.keys, layer.values)
         ]
         parts = [tensor for part in features.values() for tensor in part.tensors]
-        return ids, positions, self._mask(segment), *stored, *parts
+        return ids, positions, self._mask(segment, ids.device), *stored, *parts
 
     def forget(self) -> None:
         """Run the forward itself from now on."""

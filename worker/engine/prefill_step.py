@@ -156,19 +156,21 @@ class PrefillStep:
         (_, first, size), *others = self._cache.plan.segments
         if not first and not others:
             return torch.ones(1, size, dtype=torch.int64, device=self._device)
-        dtype, blocks = self._model.dtype, []
+        blocks = []
         for _, start, count in self._cache.plan.segments:
-            block = torch.full((count, start + count), float("-inf"), dtype=dtype)
+            block = torch.full(
+                (count, start + count), float("-inf"), dtype=self._model.dtype, device=self._device
+            )
             blocks.append(block.triu_(start + 1))
         if len(blocks) == 1:
-            return blocks[0][None, None].to(self._device)
+            return blocks[0][None, None]
         rows = sum(block.shape[0] for block in blocks)
-        mask = torch.full((rows, self._cache.plan.window), float("-inf"), dtype=dtype)
+        mask = blocks[0].new_full((rows, self._cache.plan.window), float("-inf"))
         row, column = 0, 0
         for block in blocks:
             mask[row : row + block.shape[0], column : column + block.shape[1]] = block
             row, column = row + block.shape[0], column + block.shape[1]
-        return mask[None, None].to(self._device)
+        return mask[None, None]
 
     def _tensors(self, sequence: Sequence) -> dict[str, Tensor]:
         return {name: self._tensor(array) for name, array in sequence.prompt.tensors.items()}
