@@ -122,31 +122,49 @@ def test_each_bucket_gives_the_logits_of_plain_steps(plain, count, fixed):
     torch.testing.assert_close(decoded(runner, prompts, 3), expected, rtol=1e-9, atol=1e-9)
 
 
+def nowhere(options, rows):
+    """Steps in half precision on a device that holds no numbers; flash kernels are only called."""
+    if reason := ragged.unavailable(options.attention, torch.device("cuda"), torch.bfloat16):
+        pytest.skip(reason)
+    device, scale = torch.device("meta"), dataclasses.replace(TINY, dtype=torch.bfloat16)
+    cache = PooledCache(scale.text["num_hidden_layers"], rows, LIMIT)
+    state = torch.zeros(1, scale.text["num_key_value_heads"], 1, scale.text["head_dim"])
+    for layer in cache.layers:
+        layer.lazy_initialization(*[state.to(device, scale.dtype)] * 2)
+    cache.reserve(rows, LIMIT)
+    return BucketedDecode(build(scale, device), cache, options)
+
+
+@torch.inference_mode()
+def run_all(steps):
+    """Run each kind of step in each size, the largest first."""
+    for size in reversed(steps.buckets):
+        found = {kind: tuple(steps._run(size, kind)().shape) for kind in KINDS}
+        vocabulary = TINY.text["vocab_size"]
+        assert found == {"logits": (size, vocabulary), "best": (size,), "drawn": (size,)}
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("path", [path for path in ragged.PATHS if path != "flex"])
 def test_a_step_asks_nothing_of_the_host(path, fixed):
-    """On a device that holds no numbers every kind of step runs: none waits for one.
+    """Every kind of step runs where there are no numbers: none waits for one."""
+    run_all(nowhere(BucketOptions(path, fixed=fixed), 4))
 
-    There the flash kernels are only called, in half precision, with the shapes they would get.
-    """
-    if reason := ragged.unavailable(path, torch.device("cuda"), torch.bfloat16):
-        pytest.skip(reason)
-    nowhere, scale = torch.device("meta"), dataclasses.replace(TINY, dtype=torch.bfloat16)
-    cache = PooledCache(scale.text["num_hidden_layers"], 4, LIMIT)
-    state = torch.zeros(1, scale.text["num_key_value_heads"], 1, scale.text["head_dim"])
-    for layer in cache.layers:
-        layer.lazy_initialization(*[state.to(nowhere, scale.dtype)] * 2)
-    cache.allocate()
-    steps = BucketedDecode(build(scale, nowhere), cache, BucketOptions(path, fixed=fixed))
-    vocabulary = scale.text["vocab_size"]
-    with torch.inference_mode():
-        for size in steps.buckets:
-            found = {kind: steps._run(size, kind)() for kind in KINDS}
-            assert {kind: tuple(out.shape) for kind, out in found.items()} == {
-                "logits": (size, vocabulary),
-                "best": (size,),
-                "drawn": (size,),
-            }
+
+def test_one_compilation_serves_all_sizes(monkeypatch):
+    """The compiler sees a step once, as one graph, however many rows steps have."""
+    seen, compiler = [], torch.compile
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def compile_with_it(step, *, dynamic, options):
+        return compiler(step, backend=backend, fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_with_it)
+    run_all(nowhere(BucketOptions("flash", compile=True), 5))
+    assert len(seen) == 1
 
 
 def test_another_attention_gives_the_same_logits(plain):

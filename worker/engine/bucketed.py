@@ -33,6 +33,7 @@ SMALLEST = 2  # a batch of one takes other kernels than all the others
 WARM_UPS = 2  # runs before a recording: libraries allocate and choose kernels in them
 SHAPES = 64  # most versions of a step that are compiled
 
+SPARE = 2  # columns of inputs; a row of them is a multiple of 16 bytes, as compiled kernels want
 INPUTS = 6  # of a row: token, length, position, start, place, slot
 KINDS = LOGITS, BEST, DRAWN = "logits", "best", "drawn"  # what a step returns: logits or tokens
 
@@ -93,8 +94,9 @@ class BucketedDecode:
         self._chunk = chunk_size(int(self._head.weight.shape[0]))
         # Where they are fed from, by slot; the last one is that of rows that only fill up.
         self._drawn = torch.zeros(cache.plan.max_rows + 1, dtype=torch.int64, device=self._device)
-        self._inputs = Mirror(INPUTS, self.buckets[-1], torch.int64, self._device)
-        most, slot = self.buckets[-1], cache.plan.max_rows
+        # Wider than the largest step, so that none of them is laid out otherwise than the others.
+        most, slot = self.buckets[-1] + SPARE, cache.plan.max_rows
+        self._inputs = Mirror(INPUTS, most, torch.int64, self._device)
         self._nobody = np.array([(0, 1, 0, 0, at % PAGE, slot) for at in range(most)]).T
         self._asked = Mirror(FIELDS, self.buckets[-1], torch.float64, self._device)
         forward = self._logits
@@ -214,9 +216,10 @@ class BucketedDecode:
     def _step(self, forward: Forward, size: int, window: int, kind: str) -> Run:
         inputs, asked = self._inputs.device[:, :size], self._asked.device[:, :size]
         config, drawn, slots = self._decoder.config, self._drawn, inputs[5]
+        if self.options.compile and len(self.buckets) > 1:
+            _leave_open(inputs)
 
         def step() -> Tensor:
-            self._cache.plan.begin_step(inputs[4])
             with ragged.applied(config):
                 logits = forward(inputs, window)
             if kind == LOGITS:
@@ -229,7 +232,8 @@ class BucketedDecode:
         return step
 
     def _logits(self, inputs: Tensor, window: int) -> Tensor:
-        ids, lengths, positions, starts, _, slots = inputs.unbind()
+        ids, lengths, positions, starts, places, slots = inputs.unbind()
+        self._cache.plan.begin_step(places)  # the compiler sees where they come from
         ids = torch.where(ids < 0, self._drawn[slots], ids)
         rows = Rows(
             starts=pad(starts, (0, 1)).int(),
@@ -292,8 +296,15 @@ def _never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+def _leave_open(inputs: Tensor) -> None:
+    """Have the compiler leave the number of rows open; where it cannot, it compiles for each."""
+    import torch._dynamo as dynamo  # costs seconds
+
+    dynamo.maybe_mark_dynamic(inputs, 1)
+
+
 def _compiled(forward: Forward, options: BucketOptions) -> Forward:
-    """Return what compiles a step for each shape, and runs it.
+    """Return what compiles a step, once for all batch sizes, and runs it.
 
     With `fixed` what is measured on the spot does not choose between kernels that round otherwise.
     """
