@@ -18,6 +18,7 @@ from worker.engine import device_draw
 from worker.engine.bucketed import BucketOptions
 from worker.engine.device_draw import FIELDS, UNDECIDED, draw, drawable, parameters
 from worker.engine.engine import Engine
+from worker.engine.holding import Holding
 from worker.engine.loader import load
 from worker.engine.messages import Abort, Cancel, Prompt
 from worker.engine.model_runner import ModelRunner
@@ -324,3 +325,32 @@ def test_a_step_recorded_while_others_fly_feeds_what_was_drawn(plain, monkeypatc
             tokens.append([*fed, [third[2], *last]])
     tokens[0][2].pop()
     assert tokens[0] == tokens[1]
+
+
+def test_what_begins_anew_with_a_step_in_flight_says_the_same(ahead, host, plain, monkeypatch):
+    """A prompt that joins finds no memory to draw with: nothing in flight is lost or said twice."""
+    whole = SamplingParams(temperature=0.9, top_k=20, seed=9, max_tokens=24, ignore_eos=True)
+    requests = [(text_prompt(9), whole), (image_prompt(plain), whole), (text_prompt(30), LONG)]
+    for handle, one in enumerate(requests):
+        host.add(handle, *one)
+    host.drain()
+    for handle in (0, 1):
+        ahead.add(handle, *requests[handle])
+    while not ahead.flown:
+        ahead.step()
+    ahead.step()
+    sift, failed = Holding.sift, []
+
+    def scarce(holding, rows, logits, *, turn=True):
+        if rows and not failed:
+            failed.append(ahead.engine.ahead._pending is not None)
+            raise torch.OutOfMemoryError
+        return sift(holding, rows, logits, turn=turn)
+
+    monkeypatch.setattr(Holding, "sift", scarce)
+    ahead.add(2, *requests[2])
+    ahead.drain()
+    assert failed == [True]
+    for handle in range(3):
+        assert ahead.ids(handle) == host.ids(handle)
+        assert ahead.text(handle) == host.text(handle)
