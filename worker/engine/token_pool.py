@@ -55,10 +55,18 @@ class PoolLayer(SlotLayer):
             self.keys, self.values = _grown(self.keys, tokens), _grown(self.values, tokens)
 
     def shift(self, source: int, target: int, length: int) -> None:
-        """Copy tokens from one place to another; the two may overlap."""
-        if self.is_initialized:
+        """Copy tokens from one place to another; the two may overlap.
+
+        Piece by piece, none of which overlaps: it takes no memory, so it does not stop half way.
+        """
+        step = abs(target - source)
+        if not self.is_initialized or not step:
+            return
+        places = range(0, length, step)
+        for at in reversed(places) if target > source else places:
+            size = min(step, length - at)
             for pool in (self.keys, self.values):
-                pool[target : target + length] = pool[source : source + length].clone()
+                pool[target + at :][:size].copy_(pool[source + at :][:size])
 
 
 class PoolPlan(SlotPlan):
