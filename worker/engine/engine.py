@@ -203,7 +203,7 @@ class Engine:
     def _rows(self, trial: Sequence | None, fresh: list[Fresh]) -> list[Sequence]:
         """Choose whom to decode: the one on trial alone, else all but the fresh ones."""
         if trial:
-            self._on_busy((trial.handle,))
+            self._on_busy((trial.handle, *self.prefill.encoding))
             return [trial]
         if any(one.sequence.trial for one in fresh):
             return []

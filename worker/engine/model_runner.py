@@ -108,6 +108,15 @@ class ModelRunner:
                 chunk.sequence.visuals = None
         return logits
 
+    @torch.inference_mode()
+    def await_media(self, chunk: Chunk) -> bool:
+        """Wait for what encoders make for a piece; tell whether it will run them itself."""
+        return self.pieces.await_media(chunk)
+
+    def encodes_aside(self, sequence: Sequence) -> bool:
+        """Whether `encode` begins anything for a sequence."""
+        return self.pieces.aside(sequence)
+
     def encode(self, sequence: Sequence) -> None:
         """Begin to encode a prompt's media beside the steps, where that can be."""
         self.pieces.encode(sequence)

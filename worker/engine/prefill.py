@@ -69,6 +69,13 @@ class Prefill:
         self._chunk_tokens = chunk_tokens
         self._alone = runner.replay  # rounding must not depend on who else is there
         self.pace = Pace(chunk_tokens)
+        self._on_busy: Callable[[tuple[int, ...]], None] = lambda _: None
+
+    @property
+    def encoding(self) -> tuple[int, ...]:
+        """Handles of those whose media are encoded beside the steps: they too may be to blame."""
+        prompts = (*self._scheduler.prefilling, *self._scheduler.waiting)
+        return tuple(s.handle for s in prompts if s.visuals and not s.visuals.encoded.done())
 
     def step(
         self, on_busy: Callable[[tuple[int, ...]], None], *, decoding: bool = False
@@ -85,6 +92,7 @@ class Prefill:
             torch.AcceleratorError: the device is lost.
         """
         fresh: list[Fresh] = []
+        self._on_busy = on_busy
         try:
             planned = self.plan(decoding=decoding)
         except torch.AcceleratorError:
@@ -94,12 +102,15 @@ class Prefill:
         groups = deque([planned] if planned else [])
         while groups:
             chunks = groups.popleft()
-            on_busy(tuple(chunk.sequence.handle for chunk in chunks))
+            handles = dict.fromkeys(chunk.sequence.handle for chunk in chunks)
+            on_busy((*(handles | dict.fromkeys(self.encoding)),))
             try:
                 fresh += self._compute(chunks)
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # noqa: BLE001 - the engine judges it
+                if lacks_memory(error):
+                    self._encode_anew(chunks)
                 if len(chunks) == 1:  # those behind it are tried again in the next step
                     newest = max(self._scheduler.prefilling, key=lambda s: s.handle)
                     return fresh, Failure(
@@ -112,9 +123,11 @@ class Prefill:
 
     def _compute(self, chunks: list[Chunk]) -> list[Fresh]:
         completing = [i for i, chunk in enumerate(chunks) if chunk.completes]
+        whole = self._runner.await_media(chunks[0])
         began, tokens = time.perf_counter(), sum(chunk.count for chunk in chunks)
         logits = self._runner.prefill(chunks)
-        self.pace.prefilled(tokens, time.perf_counter() - began)
+        if not whole:
+            self.pace.prefilled(tokens, time.perf_counter() - began)
         return [Fresh(self._scheduler.join(), logits[i : i + 1]) for i in completing]
 
     def plan(self, *, decoding: bool = False) -> list[Chunk]:
@@ -140,8 +153,8 @@ class Prefill:
             left -= chunk.count + (0 if chunk.count < PACKED_TOKENS else overhead)
             if left <= 0 or alone or not chunk.completes:
                 break
-        if (upcoming := self._scheduler.next) is not None:
-            self._runner.encode(upcoming)  # meanwhile
+        if not any(sequence.trial for sequence in self._scheduler.live):
+            self._encode(self._scheduler.next)  # meanwhile
         return chunks
 
     def _candidates(self, chunks: list[Chunk]) -> Iterator[Sequence]:
@@ -170,7 +183,7 @@ class Prefill:
     def _size(self, sequence: Sequence, left: int, *, decoding: bool) -> int:
         if sequence.length >= sequence.head:
             return self._some(sequence.target - sequence.length, left)
-        self._runner.encode(sequence)
+        self._encode(sequence)
         whole = len(sequence.prompt_ids)
         if not self._runner.takes_pieces(sequence):
             return whole if whole <= self._chunk_tokens else sequence.head
@@ -178,6 +191,22 @@ class Prefill:
         if decoding and visuals is not None and not visuals.ready:
             whole = visuals.first
         return self._some(whole - sequence.length, left)
+
+    def _encode(self, sequence: Sequence | None) -> None:
+        """Begin to encode a prompt's media beside the steps; say so before, should it crash."""
+        if sequence is None or sequence.visuals or not self._runner.encodes_aside(sequence):
+            return
+        self._on_busy((sequence.handle, *self.encoding))
+        try:
+            self._runner.encode(sequence)
+        finally:
+            self._on_busy(())
+
+    def _encode_anew(self, chunks: list[Chunk]) -> None:
+        """Do not keep what an encoder failed with: once there is memory, it may succeed."""
+        for sequence in (chunk.sequence for chunk in chunks):
+            if sequence.visuals is not None and sequence.visuals.failed:
+                sequence.visuals = None
 
     def _some(self, wanted: int, left: int) -> int:
         """Return how many of the wanted tokens to take; a small rest is no forward of its own."""

@@ -75,12 +75,30 @@ class PrefillStep:
             return torch.cat([self._piece(chunk) for chunk in chunks])
         return self._text(chunks, several)
 
+    def await_media(self, chunk: Chunk) -> bool:
+        """Wait for the encoder, if a piece needs it; tell whether the piece runs it itself.
+
+        Raises:
+            Exception: whatever the encoder raises for bad tensors.
+        """
+        sequence, start = chunk.sequence, chunk.sequence.length
+        self._prepare(sequence)
+        if start >= sequence.head:
+            return False
+        if sequence.visuals is not None:
+            sequence.visuals.features(start, start + chunk.count)
+        return sequence.visuals is None
+
+    def aside(self, sequence: Sequence) -> bool:
+        """Whether a prompt's media are encoded beside the steps."""
+        return self._aside and not sequence.trial and self.visuals.suits(sequence)
+
     def encode(self, sequence: Sequence) -> None:
         """Begin to encode a prompt's media beside the steps, if it can be computed in pieces.
 
         Whatever the model raises for bad tensors, it raises once the prompt is computed.
         """
-        if self._aside and not sequence.trial:
+        if self.aside(sequence):
             with contextlib.suppress(
                 ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError
             ):
@@ -211,7 +229,7 @@ class PrefillStep:
         expected = self._media(whole, whole.total)
         self._prepare(pieces)
         while pieces.length < pieces.total:
-            count = min(3, pieces.total - pieces.length)
+            count = min(5, pieces.total - pieces.length)  # text and placeholders, in some
             found = self._piece(Chunk(pieces, count))
             pieces.length += count
         same = whole.rope_delta == pieces.rope_delta

@@ -86,5 +86,6 @@ class Shortage:
 
         What an encoder made does not count: a prompt that is tried again makes it again.
         """
+        self._runner.pieces.visuals.drop()
         self._runner.encoded.clear()
         return self._prefixes.clear()

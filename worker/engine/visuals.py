@@ -30,6 +30,8 @@ KINDS = {"image": 1, "video": 2}
 PATIENCE_SECONDS = 60
 """For so long a prompt waits for its encoder beside the steps; then the steps wait for it."""
 
+UNMATCHED = "a prompt's placeholders do not match its media"
+
 Outputs = dict[str, ModelOutput]
 
 
@@ -103,6 +105,12 @@ class Visuals:
         """Whether the encoders are done, or so late that the steps wait for them."""
         return self.encoded.done() or time.monotonic() - self._since > PATIENCE_SECONDS
 
+    @property
+    def failed(self) -> bool:
+        """Whether an encoder has raised."""
+        encoded = self.encoded
+        return encoded.done() and (encoded.cancelled() or encoded.exception() is not None)
+
     def features(self, start: int, end: int) -> dict[str, Features]:
         """Return what stands for the placeholders between two places; wait for it, if need be.
 
@@ -127,7 +135,7 @@ class Visuals:
         for kind, number in KINDS.items():
             rows = features[kind].tensors[0].shape[0] if kind in features else 0
             if rows != int((self._kinds == number).sum()):
-                raise ValueError("a prompt's placeholders do not match its media")
+                raise ValueError(UNMATCHED)
 
 
 class VisualEncoder:
@@ -172,6 +180,7 @@ class VisualEncoder:
             tensors: arguments of `forward`.
 
         Raises:
+            ValueError: no token, or more tokens than there are, stand for its media.
             Exception: whatever the model raises for bad tensors.
         """
         rope = self._base.get_rope_index
@@ -179,7 +188,10 @@ class VisualEncoder:
         ids = torch.tensor([sequence.prompt_ids], device=self._device)
         positions, delta = rope(ids, **{name: tensors[name] for name in names})
         kinds = np.asarray(sequence.prompt.tensors["mm_token_type_ids"][0], dtype=np.int64)
-        encoded = self._begin(sequence.prompt.media, tensors, aside=not sequence.trial)
+        if not kinds.any() or len(kinds) != len(sequence.prompt_ids):
+            raise ValueError(UNMATCHED)
+        shared = sequence.prompt.media if self._encoded.max_bytes else ""
+        encoded = self._begin(shared, tensors, aside=not sequence.trial)
         return Visuals(positions, int(delta.reshape(-1)[0]), kinds, encoded)
 
     def _begin(self, media: str, tensors: dict[str, Any], *, aside: bool) -> Future[Outputs]:
@@ -207,6 +219,10 @@ class VisualEncoder:
         except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
             future.set_exception(error)
         return future
+
+    def drop(self) -> None:
+        """Forget what encoders have made, or failed with, since the last time."""
+        self._running = {name: one for name, one in self._running.items() if not one.done()}
 
     def collect(self) -> None:
         """Remember what encoders have made since the last time."""
