@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.engine_kit import text_prompt as text
 from worker.engine.encoder_cache import EncoderCache
 from worker.engine.engine import Engine
 from worker.engine.messages import Add, Limits
+from worker.engine.visuals import PATIENCE_SECONDS, Visuals
 
 pytestmark = pytest.mark.timeout(120)  # real models, on machines that may be busy
 ENDLESS = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
@@ -169,3 +172,14 @@ def test_placeholders_that_nothing_stands_for_fail_their_prompt(loaded):
     driver.add(1, blind)
     driver.drain()
     assert driver.last(1).error[0] == "generation_failed"
+
+
+def test_patience_with_an_encoder_begins_when_its_prompt_waits(monkeypatch):
+    """Not while it stands behind another's encoder, whose time is not its own."""
+    now = 0.0
+    monkeypatch.setattr("worker.engine.visuals.time.monotonic", lambda: now)
+    picture = Visuals(torch.zeros(3, 1, 2), 0, np.array([0, 1]), Future())
+    now = 2.0 * PATIENCE_SECONDS
+    assert not picture.ready
+    now += 1.1 * PATIENCE_SECONDS
+    assert picture.ready

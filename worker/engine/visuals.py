@@ -92,7 +92,8 @@ class Visuals:
         encoded: Future[Outputs],
     ) -> None:
         self.positions, self.delta, self.encoded = positions, delta, encoded
-        self._kinds, self._since = kinds, time.monotonic()
+        self._kinds = kinds
+        self._since: float | None = None  # when somebody first asked whether it is ready
         self._features: dict[str, Features] | None = None
 
     @property
@@ -103,7 +104,9 @@ class Visuals:
     @property
     def ready(self) -> bool:
         """Whether the encoders are done, or so late that the steps wait for them."""
-        return self.encoded.done() or time.monotonic() - self._since > PATIENCE_SECONDS
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return self.encoded.done() or now - self._since > PATIENCE_SECONDS
 
     @property
     def failed(self) -> bool:
