@@ -108,8 +108,8 @@ def measure(
             names = deque(targets)
             names.rotate(-repeat)
             for name in names:
-                target = targets[name]
-                found[name].append(measure_once(target, local, workload, load, next(fresh)))
+                found[name].append(measure_once(targets[name], local, workload, load, next(fresh)))
+                time.sleep(4 if args.peer else 0)  # vLLM spins for 3 s after its turn
         for name, runs in found.items():
             medians = {k: statistics.median(run[k] for run in runs) for k in runs[0]}
             yield {"model": model, "workload": workload, "streams": streams, "who": name, **medians}
@@ -138,7 +138,7 @@ def run_model(model: str, args: argparse.Namespace) -> tuple[list[Row], list[Row
         if not args.no_serve:
             serve = stack.enter_context(http.transformers_serve(folder))
             targets[serve.name] = serve
-        for given in args.peer:
+        for given in args.peer if model == args.models[0] else ():
             name, _, url = given.rpartition("=")
             extra = {"ignore_eos": True, "model": args.peer_model}
             targets[name or url] = http.Server(name or url, url, extra)
@@ -300,7 +300,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="only where a step's time goes")
     parser.add_argument("--probes", type=int, help="requests to time the first token of")
     parser.add_argument("--threads", type=int, default=1, help="of the engine alone")
-    parser.add_argument("--peer", action="append", default=[], help="[NAME=]URL of another")
+    parser.add_argument("--peer", action="append", default=[], help="[NAME=]URL; first model")
     parser.add_argument("--peer-model", default="any", help="the model's name there")
     parser.add_argument("--no-serve", action="store_true", help="leave out transformers serve")
     args = parser.parse_args()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 STRETCH = 2.5
 """A step with prefill may take so many times as long as decode steps usually do."""
+FLOOR = 0.5
+"""A piece costs at least so much more than its forward would without any tokens."""
 LEAST_TOKENS = 32
 FADE = 0.9  # what a measured prefill still counts when the next one comes
 USUAL, LATELY = 0.02, 0.2  # what the newest decode step counts beside all before
@@ -47,13 +49,12 @@ class Pace:
         """Most tokens to prefill before the next decode step.
 
         So many that the step takes `STRETCH` usual ones with the decode that follows, but no fewer
-        than would cost as much again as a forward costs without any: else most of the time went
-        into forwards.
+        than add `FLOOR` of what a forward costs without any: else all time went into forwards.
         """
         fixed, each = self._line()
         if not each or not self._usual:
             return self._most
-        affordable = max(STRETCH * self._usual - self._lately - fixed, fixed) / each
+        affordable = max(STRETCH * self._usual - self._lately - fixed, FLOOR * fixed) / each
         return max(min(int(affordable), self._most), min(LEAST_TOKENS, self._most))
 
     @property

@@ -135,11 +135,14 @@ class Prefill:
 
         All but the last complete their sequences. One with media is alone, and so is
         one on trial; where rounding matters, all are. There are none while others decode
-        and the next tokens are those of media that are still being encoded.
+        and the next tokens are those of media that are still being encoded, or where time is short
+        and an encoder is begun, which takes as long as a small piece.
         """
         chunks: list[Chunk] = []
         left, overhead = self._chunk_tokens, 0
-        if decoding and self._runner.on_time:
+        if hurry := decoding and self._runner.on_time:
+            if self._begin_encoding():
+                return chunks
             left, overhead = self.pace.tokens, self.pace.overhead
         for sequence in self._candidates(chunks):  # which sees each chunk before the next
             alone = self._alone or sequence.trial or sequence.length < sequence.head
@@ -153,9 +156,15 @@ class Prefill:
             left -= chunk.count + (0 if chunk.count < PACKED_TOKENS else overhead)
             if left <= 0 or alone or not chunk.completes:
                 break
-        if not any(sequence.trial for sequence in self._scheduler.live):
-            self._encode(self._scheduler.next)  # meanwhile
+        if not hurry:
+            self._begin_encoding()
         return chunks
+
+    def _begin_encoding(self) -> bool:
+        """Have the next prompt's media encoded meanwhile; tell whether that was begun here."""
+        if any(sequence.trial for sequence in self._scheduler.live):
+            return False
+        return any(map(self._encode, (*self._scheduler.prefilling, self._scheduler.next)))
 
     def _candidates(self, chunks: list[Chunk]) -> Iterator[Sequence]:
         yield from list(self._scheduler.prefilling)
@@ -192,15 +201,20 @@ class Prefill:
             whole = visuals.first
         return self._some(whole - sequence.length, left)
 
-    def _encode(self, sequence: Sequence | None) -> None:
-        """Begin to encode a prompt's media beside the steps; say so before, should it crash."""
+    def _encode(self, sequence: Sequence | None) -> bool:
+        """Begin to encode a prompt's media beside the steps; say so before, should it crash.
+
+        Returns:
+            Whether it was begun now: not before, nor with tensors that cannot be encoded.
+        """
         if sequence is None or sequence.visuals or not self._runner.encodes_aside(sequence):
-            return
+            return False
         self._on_busy((sequence.handle, *self.encoding))
         try:
             self._runner.encode(sequence)
         finally:
             self._on_busy(())
+        return sequence.visuals is not None
 
     def _encode_anew(self, chunks: list[Chunk]) -> None:
         """Do not keep what an encoder failed with: once there is memory, it may succeed."""
