@@ -59,6 +59,7 @@ def test_who_is_encoded_beside_others_is_named_before(loaded, monkeypatch):
         driver.add(2, text(60))
         driver.add(3, image_prompt(loaded, 3))
         driver.step()
+        driver.step()  # which begins the encoder, and no forward of a prompt
         del driver.named[:]
         driver.step()
         assert [set(names) for names in driver.named if names] == [{2, 3}]
@@ -95,6 +96,7 @@ def test_an_encoder_that_runs_already_is_named_beside_one_on_trial(loaded, monke
         driver.add(2, text(30))
         driver.add(3, image_prompt(loaded, 3))
         driver.step()
+        driver.step()  # which begins the encoder
         driver.engine.handle(Add(4, text(9), GREEDY, (20,), trial=True))
         while 4 not in driver.said:
             driver.step()
