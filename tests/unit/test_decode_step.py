@@ -106,13 +106,13 @@ def test_a_mixture_that_runs_all_of_its_experts_at_once_is_recorded():
 
 def test_a_record_that_leaves_the_cache_as_it_was_is_dropped(monkeypatch):
     """The next step's logits would be wrong, not this one's."""
-    update = decode_step._LentLayer.update
+    update = decode_step._LentRows.update
 
     def forgetful(layer, *states, **options):
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         return update(layer, *states, **options)
 
-    monkeypatch.setattr(decode_step._LentLayer, "update", forgetful)
+    monkeypatch.setattr(decode_step._LentRows, "update", forgetful)
     assert not small("Qwen3").step.is_recorded
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from worker.engine.kv_cache import Segment, SlotCache
+from worker.engine.lent_layer import LentLayer
 from worker.engine.memory import lacks_memory
 from worker.engine.visuals import Features
 
@@ -228,23 +229,8 @@ class Picture:
         return ids, {self.kind: self._like.like(drawn)}
 
 
-class _LentRow(CacheLayerMixin):
-    """A layer of one row, given to the record at each step with room for the new tokens at its end.
-
-    Args:
-        keys: `[1, kv heads, window, head dim]`.
-        values: likewise.
-    """
-
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the memory is there."""
+class _LentRow(LentLayer):
+    """A layer of one row, whose end is the room for the new tokens."""
 
     def update(
         self,
@@ -261,12 +247,4 @@ class _LentRow(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens of the row, the new ones among them: nothing depends on it."""
-        return self.keys.shape[2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Length and offset of the keys a mask covers."""
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        """Most tokens of the row in this step."""
         return self.keys.shape[2]

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from worker.engine.kv_cache import SlotCache
+from worker.engine.lent_layer import LentLayer
 from worker.engine.memory import lacks_memory
 
 log = logging.getLogger("unbroken.engine")
@@ -152,7 +153,7 @@ class DecodeStep:
                 input_ids=rows[:, :1],
                 position_ids=rows[:, 2:],
                 attention_mask=mask,
-                past_key_values=Cache(layers=[_LentLayer(pair, rows[:, 1]) for pair in pairs]),
+                past_key_values=Cache(layers=[_LentRows(pair, rows[:, 1]) for pair in pairs]),
             )
 
         inputs = self._inputs(rows, longest, first)
@@ -162,19 +163,12 @@ class DecodeStep:
         return record
 
 
-class _LentLayer(CacheLayerMixin):
-    """A layer whose keys and values are given to the record at each step, with what they hold."""
-
-    is_sliding = False
+class _LentRows(LentLayer):
+    """A layer of several rows, which hold as many tokens as `lengths`, `[B]`, say."""
 
     def __init__(self, stored: Stored, lengths: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = stored
+        super().__init__(*stored)
         self._rows, self._lengths = torch.arange(lengths.shape[0]), lengths
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the memory is there."""
 
     def update(
         self,
@@ -191,14 +185,6 @@ class _LentLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens in the longest row before this step."""
         return self.keys.shape[2] - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Length and offset of the keys a mask covers."""
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        """Most tokens of a row of this step."""
-        return self.keys.shape[2]
 
 
 def _mask(lengths: Tensor, window: int, dtype: torch.dtype) -> Tensor:
