@@ -40,6 +40,8 @@ class Local:
         config = EngineConfig(str(folder), None, "cpu", "float32", False, 64, 4096, threads)
         self.loaded = load(config, lambda *_: None)
         self.engine = Engine(self.loaded, config.max_batch_size)
+        while self.engine.runner.due(0):  # as the worker's engine does in its first lulls
+            self.engine.runner.record()
         self.processor = PromptProcessor(
             str(folder), None, trust_remote_code=False, max_video_frames=16
         )

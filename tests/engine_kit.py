@@ -60,6 +60,12 @@ def oracle(loaded, prompt: Prompt, max_tokens: int = GREEDY.max_tokens) -> list[
     return answer[0, ids.shape[1] :].tolist()
 
 
+def record_all(runner) -> None:
+    """Make all records of prompts' pieces, which an engine's process makes in its lulls."""
+    while runner.due(0):
+        runner.record()
+
+
 class Driver:
     """Steps an engine and gathers what each sequence said."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.protocol import SamplingParams
-from tests.engine_kit import GREEDY, Driver, image_prompt, oracle
+from tests.engine_kit import GREEDY, Driver, image_prompt, oracle, record_all
 from tests.engine_kit import text_prompt as text
 from worker.engine.encoder_cache import EncoderCache
 from worker.engine.engine import Engine
@@ -44,6 +44,7 @@ class Watched(Driver):
         self.named: list[tuple[int, ...]] = []
         limits = Limits(None, 0, chunk_tokens)
         super().__init__(Engine(loaded, 8, self.named.append, limits))
+        record_all(self.engine.runner)
 
     def begun(self):
         return {handle for handles in self.named for handle in handles}

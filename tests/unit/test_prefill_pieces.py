@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from shared.protocol import SamplingParams
-from tests.engine_kit import CONTEXT, GREEDY, Driver, alone, config, image_prompt, oracle
+from tests.engine_kit import (
+    CONTEXT,
+    GREEDY,
+    Driver,
+    alone,
+    config,
+    image_prompt,
+    oracle,
+    record_all,
+)
 from tests.engine_kit import text_prompt as text
 from worker.engine import chunk_step, prefill_step, visuals
 from worker.engine.engine import Engine
@@ -25,7 +34,10 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
 
 
 def start(loaded, chunk_tokens=6, prefix_bytes=0, batch=8) -> Driver:
-    return Driver(Engine(loaded, batch, limits=Limits(None, prefix_bytes, chunk_tokens)))
+    """Start an engine that has made all its records, as one that runs has after some requests."""
+    engine = Engine(loaded, batch, limits=Limits(None, prefix_bytes, chunk_tokens))
+    record_all(engine.runner)
+    return Driver(engine)
 
 
 def album(loaded, seed: int = 0) -> Prompt:
@@ -270,6 +282,7 @@ def test_bad_media_fail_their_own_sequence_beside_others(loaded, name):
 def test_a_recorded_piece_gives_the_forwards_bits(loaded, wide, kind):
     """Pieces of text and media of other sizes and places than those it was compared at."""
     runner = Engine(loaded if kind == "float64" else wide, 4).runner
+    record_all(runner)
     assert [runner.pieces.pieces.has(kind) for kind in ("", "image", "video")] == [True] * 3
     prompt, found = album(loaded, 1), {}
     for recorded in (True, False):
@@ -297,7 +310,9 @@ def test_a_record_that_leaves_the_row_as_it_was_is_dropped(loaded, monkeypatch):
         return update(layer, *states, **options)
 
     monkeypatch.setattr(chunk_step._LentRow, "update", forgetful)
-    assert not Engine(loaded, 2).runner.pieces.pieces.has()
+    runner = Engine(loaded, 2).runner
+    record_all(runner)
+    assert not runner.pieces.pieces.has()
 
 
 def test_a_model_that_cannot_take_pieces_has_its_media_whole(loaded, monkeypatch):
@@ -334,7 +349,7 @@ def test_where_rounding_matters_a_prompt_is_not_cut_by_the_clock(demo_model):
     row = Sequence(1, image_prompt(half, 1), GREEDY, frozenset(), CONTEXT)
     assert not runner.takes_pieces(row)
     assert not runner.on_time
-    assert not runner.pieces.pieces.has()
+    assert not runner.due(0)
 
 
 def test_the_pace_is_what_a_step_can_bear():

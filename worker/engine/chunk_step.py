@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ log = logging.getLogger("unbroken.engine")
 
 PROBED = ((5, 0), (17, 9), (3, 21), (2, 2))
 """Pieces that a record has to give the forward's bits for: tokens, and how many lie before them."""
+ROWS = 2
+"""Rows of the cache in which a record is made, in the last of them."""
 LEAST = 2
 """Tokens of a record: one alone is rounded otherwise, by kernels for vectors."""
 SLOW_SECONDS = 0.1
@@ -39,6 +42,9 @@ class ChunkStep:
             and features of media to the last logits `[1, V]`.
         cache: where the row's keys and values are, and the new ones go.
         dtype: of the mask.
+
+    Attributes:
+        missed: how many pieces have run without a record, by their kind of features, "" for none.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class ChunkStep:
     ) -> None:
         self._forward, self._cache, self._dtype = forward, cache, dtype
         self._records: dict[str, Callable[..., Tensor]] = {}
+        self.missed: Counter[str] = Counter()
 
     def has(self, kind: str = "") -> bool:
         """Whether pieces with features of this kind, or with none, are recorded."""
@@ -78,6 +85,7 @@ class ChunkStep:
                     raise
                 log.exception("the record of a prefill failed, and is dropped")
                 self.forget()
+        self.missed[kind] += 1
         return self._plain(ids, positions, segment, features, short=True)
 
     def _plain(
@@ -126,26 +134,34 @@ class ChunkStep:
         """Run the forward itself from now on."""
         self._records = {}
 
-    def record(self, vocab_size: int, picture: Picture | None = None) -> None:
-        """Record pieces of text, and of a picture, where they give what the forward does.
+    def record(self, vocab_size: int, picture: Picture | None = None) -> bool:
+        """Record pieces of text, or of a picture, where they give what the forward does.
 
-        The cache has been used, and no sequence runs: it is empty afterwards.
+        Sequences may run meanwhile: it happens in rows of its own.
 
         Args:
             vocab_size: of drawn tokens.
             picture: makes drawn pieces with features, in place of text alone.
+
+        Returns:
+            Whether there is a record now.
         """
         kind = picture.kind if picture else ""
+        rows, room = len(self._cache.layers), max(count + start for count, start in PROBED)
+        trial = ChunkStep(self._forward, SlotCache(rows, ROWS, room), self._dtype)
         try:
-            probes = list(self._probes(vocab_size, picture))
-            if min(map(self._seconds, probes)) < SLOW_SECONDS:
-                self._records[kind] = self._traced(*probes[0])
-                if not all(self._agrees(*probe) for probe in probes):
-                    self._records.pop(kind, None)
+            trial._record(kind, list(trial._probes(vocab_size, picture)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the forward itself runs
             log.info("a prefill cannot be recorded", extra={"why": type(error).__name__})
-            self._records.pop(kind, None)
-        self._cache.release()
+        else:
+            self._records |= trial._records
+        return self.has(kind)
+
+    def _record(self, kind: str, probes: list[tuple[Any, ...]]) -> None:
+        if min(map(self._seconds, probes)) < SLOW_SECONDS:
+            self._records[kind] = self._traced(*probes[0])
+            if not all(self._agrees(*probe) for probe in probes):
+                self.forget()
 
     def _seconds(self, probe: tuple[Any, ...]) -> float:
         began = time.perf_counter()
@@ -162,13 +178,10 @@ class ChunkStep:
 
     def _probes(self, vocab_size: int, picture: Picture | None) -> Iterator[tuple[Any, ...]]:
         draw, plan = torch.Generator().manual_seed(0), self._cache.plan
-        most = max(count + start for count, start in PROBED)
-        self._cache.reserve(min(2, plan.max_rows), min(most, plan.max_capacity))
+        self._cache.reserve(ROWS, plan.max_capacity)
         for count, start in PROBED:
-            if count + start > plan.max_capacity:
-                continue
             ids = torch.randint(vocab_size, (1, count), generator=draw)
-            segment = (min(1, plan.max_rows - 1), start, count)
+            segment = (ROWS - 1, start, count)
             places = torch.arange(start, start + count)[None]
             if picture is None:
                 yield ids, places, segment, {}

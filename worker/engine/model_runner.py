@@ -125,6 +125,17 @@ class ModelRunner:
         """Whether the prefill of a sequence, with media, may end at any token."""
         return self.pieces.visuals.suits(sequence)
 
+    def due(self, pieces: int) -> bool:
+        """Whether so many pieces of prompts have run that would be faster if `record` was called.
+
+        That is of one kind: text, images or videos.
+        """
+        return self.pieces.due(pieces)
+
+    def record(self) -> None:
+        """Record one kind of prompts' pieces; running sequences wait for some 50 forwards."""
+        self.pieces.record(self.vocab_size)
+
     def _several(self, last: list[int], **inputs: Any) -> Tensor:
         """Run pieces that lie one behind the other; return the logits at these places."""
         kept = (
@@ -225,7 +236,7 @@ class ModelRunner:
             if not self.replay:  # where rounding must not depend on how a prompt is cut
                 self.pieces.verify(TOLERANCE.get(self.dtype, HALF_TOLERANCE))
         if self.bucketed is None and self.device.type == "cpu":
-            self._record()
+            self._record_step()
 
     def _check(self) -> None:
         try:
@@ -238,10 +249,10 @@ class ModelRunner:
             raise UnsupportedModelError("a batched decode step does not reproduce its own forward")
 
     @torch.inference_mode()
-    def _record(self) -> None:
+    def _record_step(self) -> None:
         self.step.record(self.vocab_size)
         if not self.replay:
-            self.pieces.record(self.vocab_size)
+            self.pieces.allow_records()
 
     @torch.inference_mode()
     def _probe_error(self) -> float:

@@ -7,6 +7,8 @@ there is one.
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -22,7 +24,9 @@ from worker.engine.encoder_cache import EncoderCache
 from worker.engine.kv_cache import SlotCache
 from worker.engine.messages import Prompt
 from worker.engine.sequence import TOKEN_KINDS, Chunk, Sequence
-from worker.engine.visuals import VisualEncoder
+from worker.engine.visuals import Features, VisualEncoder
+
+log = logging.getLogger("unbroken.engine")
 
 PACKED, PACKED_TOKENS = 3, 64
 """So many pieces of fewer tokens are run as one; others by themselves, where that is recorded."""
@@ -53,6 +57,8 @@ class PrefillStep:
         self._encoded, self._aside = encoded, aside
         self.visuals = VisualEncoder(model, encoded, aside=aside)
         self.pieces = ChunkStep(forward, cache, model.dtype)
+        self._like: Features | None = None
+        self._recordable: dict[str, Picture | None] = {}  # kinds of pieces, until that is tried
 
     def __call__(self, chunks: Rows[Chunk], several: Callable[..., Tensor]) -> Tensor:
         """Compute the next tokens of sequences; return the last logits `[n, V]`.
@@ -73,6 +79,7 @@ class PrefillStep:
         size = sum(chunk.count for chunk in chunks)
         if self.pieces.has() and (len(chunks) < PACKED or size >= PACKED_TOKENS * len(chunks)):
             return torch.cat([self._piece(chunk) for chunk in chunks])
+        self.pieces.missed[""] += len(chunks)
         return self._text(chunks, several)
 
     def await_media(self, chunk: Chunk) -> bool:
@@ -232,24 +239,37 @@ class PrefillStep:
             count = min(5, pieces.total - pieces.length)  # text and placeholders, in some
             found = self._piece(Chunk(pieces, count))
             pieces.length += count
+        if pieces.visuals is not None:
+            self._like = pieces.visuals.features(0, pieces.total)["image"]
         same = whole.rope_delta == pieces.rope_delta
         return float((found - expected).norm() / expected.norm()) if same else float("inf")
 
+    def due(self, pieces: int) -> bool:
+        """Whether at least so many pieces of a kind have run for which a record can be made."""
+        return any(self.pieces.missed[kind] >= pieces for kind in self._recordable)
+
     @torch.inference_mode()
     def record(self, vocab_size: int) -> None:
-        """Record pieces of text, and of pictures and videos, where that can be."""
-        self.pieces.record(vocab_size)
-        if not (self.visuals.works and self.pieces.has()):
+        """Record the kind of pieces that has lacked it most; it takes some 50 forwards' time."""
+        if not self._recordable:
             return
-        row = Sequence(0, _made_up(self._model), SamplingParams(), frozenset(), 1)
-        self._prepare(row)
-        if row.visuals is None:
-            return
-        features = row.visuals.features(0, row.total)["image"]
+        began = time.perf_counter()
+        kind = max(self._recordable, key=self.pieces.missed.__getitem__)
+        kept = self.pieces.record(vocab_size, self._recordable.pop(kind))
+        seconds = round(time.perf_counter() - began, 3)
+        extra = {"media": kind, "kept": kept, "seconds": seconds}
+        log.info("pieces of prompts recorded", extra=extra)
+        if not kind and not kept:
+            self._recordable.clear()  # nor can any other
+
+    def allow_records(self) -> None:
+        """Let pieces of text be recorded, and of pictures and videos where they `verify`."""
+        self._recordable = {"": None}
+        self.pieces.missed.clear()  # checks are no requests
         for kind in ("image", "video"):
             token = getattr(self._model.config, f"{kind}_token_id", None)
-            if token is not None:
-                self.pieces.record(vocab_size, Picture(kind, token, features))
+            if self._like is not None and self.visuals.works and token is not None:
+                self._recordable[kind] = Picture(kind, token, self._like)
 
 
 def _made_up(model: PreTrainedModel) -> Prompt:

@@ -24,6 +24,10 @@ log = logging.getLogger("unbroken.engine")
 
 BEAT_SECONDS = 0.5
 """An engine at work is not silent for longer, unless a step takes longer."""
+LULL_SECONDS = 0.5
+"""After so long without work, records are made with which the last prompts had been faster."""
+OFTEN = 256
+"""Where no lull comes: so many pieces of prompts pay for the record that they have lacked."""
 
 
 def run(sock: socket.socket, config: EngineConfig) -> None:
@@ -102,6 +106,9 @@ def _serve(channel: Channel, engine: Engine, pace_seconds: float) -> None:
     spoke = turn = time.monotonic()
     while True:
         while engine.idle or channel.ready():
+            if engine.idle and engine.runner.due(1) and not channel.ready(LULL_SECONDS):
+                engine.runner.record()
+                continue
             command = channel.receive()
             if isinstance(command, Stop):
                 return
@@ -116,3 +123,5 @@ def _serve(channel: Channel, engine: Engine, pace_seconds: float) -> None:
         if outputs or time.monotonic() - spoke > BEAT_SECONDS:
             channel.send(Step(outputs, *engine.load()) if outputs else Busy())
             spoke = time.monotonic()
+        if engine.runner.due(OFTEN):
+            engine.runner.record()
